@@ -1,0 +1,131 @@
+"""Solvers: plain functions `(model, x, grid, draws) -> x` from noise to data.
+
+`x` is [B, ...], a draw at `grid[0]`; `grid` [N + 1] decreases and ends at the clean data.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from difftrain.compiler import random
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Model(Protocol):
+    """What sampling needs of a trained objective; guidance is already inside it."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The data coefficient of the process at t [B]: [B]."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The noise coefficient of the process at t [B]: [B]."""
+
+    def estimates(self, x: Tensor, t: Tensor) -> Pair:
+        """`x0_hat` and `eps_hat` at x [B, ...], t [B]: both [B, ...]."""
+
+    def flow(self, x: Tensor, t: Tensor) -> Tensor:
+        """The ODE tangent `flow_hat` at x [B, ...], t [B]: [B, ...]."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Noise of a sampling run, keyed by (seed, sample, step): the batch split does not matter."""
+
+    seed: int
+    index: Tensor  # int64 [B], the number of each sample
+
+    def noise(self, step: int, like: Tensor) -> Tensor:
+        """Standard normal noise [B, ...] for the move to `grid[step]`; 0 is the start."""
+        return random.normal("sample", self.seed, step, self.index, like.shape[1:], like.dtype)
+
+
+def start(model: Model, like: Tensor, grid: Tensor, draws: Draws) -> Tensor:
+    """Pure noise at `grid[0]`, sigma eps: shape and dtype of `like` [B, ...]."""
+    t = _beside(grid, like)[0].expand(len(like))
+    return _column(model.sigma(t), like).to(like.dtype) * draws.noise(0, like)
+
+
+def ddim(model: Model, x: Tensor, grid: Tensor, draws: Draws, eta: float = 0.0) -> Tensor:
+    """Data [B, ...] by `ddim_move` along the grid (arXiv:2010.02502 section 4.1).
+
+    The last entry of the grid stands for alpha = 1, sigma = 0, whatever the process has there (an
+    index process has nothing): the result is the last x0_hat.
+    """
+    grid = _beside(grid, x)
+    for step in range(1, len(grid) - 1):
+        t, s = (time.expand(len(x)) for time in grid[step - 1 : step + 1])
+        noise = draws.noise(step, x) if eta else torch.zeros_like(x)
+        x = ddim_move(model.estimates(x, t), _levels(model, t, x), _levels(model, s, x), noise, eta)
+    return model.estimates(x, grid[-2].expand(len(x)))[0]
+
+
+def ddim_move(estimates: Pair, here: Pair, there: Pair, noise: Tensor, eta: float) -> Tensor:
+    """One move from levels (a_t, s_t) to (a_s, s_s): [B, ...].
+
+    x_s = a_s x0_hat + sqrt(s_s^2 - v) eps_hat + sqrt(v) noise (arXiv:2010.02502 eq. 12) with
+    v = eta^2 (s_s / s_t)^2 (s_t^2 - s_s^2 a_t^2 / a_s^2): eq. 16 where a^2 + s^2 = 1, and right for
+    every process. eta = 1 is the posterior of ancestral sampling, the smaller of its variances.
+    """
+    (x0_hat, eps_hat), (a_t, s_t), (a_s, s_s) = estimates, here, there
+    v = eta**2 * (s_s / s_t) ** 2 * (s_t**2 - (s_s * a_t / a_s) ** 2).clamp(min=0)
+    return a_s * x0_hat + (s_s**2 - v).clamp(min=0).sqrt() * eps_hat + v.sqrt() * noise
+
+
+def euler(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
+    """Data [B, ...] by x_s = x_t + (s - t) flow(x_t, t), for continuous processes; draws nothing.
+
+    On alpha = 1, sigma = t it is the Euler method of arXiv:2206.00364 (algorithm 1 without its
+    correction); on the linear process that of arXiv:2209.03003. First order in the step.
+    """
+    for t, s in pairwise(_beside(grid, x)):
+        x = x + (s - t) * model.flow(x, t.expand(len(x)))
+    return x
+
+
+def guided(
+    evaluate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
+    cond: Tensor,
+    null: Tensor,
+    scale: float,
+    interval: tuple[float, float] = (-math.inf, math.inf),
+) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """`evaluate` under classifier-free guidance, as a function of (x, t): u + scale (c - u).
+
+    `evaluate(x, t, cond)` gives quantities affine in the prediction ([B, ...] each, as x0_hat,
+    eps_hat, flow_hat are); both conditions run as one batch of 2 B. scale = 1 is no guidance
+    (arXiv:2205.11487 eq. 2), and so is a time outside `interval` (arXiv:2404.07724).
+    """
+    both = torch.cat([cond, null.expand_as(cond)])
+    low, high = interval
+
+    def at(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        values = evaluate(torch.cat([x, x]), torch.cat([t, t]), both)
+        w = torch.where((t >= low) & (t <= high), scale, 1.0)
+        return tuple(_mix(*value.chunk(2), w) for value in values)
+
+    return at
+
+
+def _mix(c: Tensor, u: Tensor, w: Tensor) -> Tensor:
+    return u + _column(w, u).to(u.dtype) * (c - u)
+
+
+def _beside(grid: Tensor, x: Tensor) -> Tensor:
+    """The grid on x's device; real times in x's precision, indices as they are."""
+    return grid.to(x.device, x.dtype if grid.is_floating_point() else grid.dtype)
+
+
+def _levels(model: Model, t: Tensor, x: Tensor) -> Pair:
+    """alpha and sigma at t [B], shaped to multiply x."""
+    return _column(model.alpha(t), x), _column(model.sigma(t), x)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """values [B] as [B, 1, ...]."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
