@@ -1,0 +1,165 @@
+"""A data set ready to train on: pictures as latents, encoded once and kept, or read as needed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from difftrain.training.sources import TRANSFORM, DataError, Pictures
+
+THREADS = 8  # decoders release the interpreter's lock
+AHEAD = 2  # chunks being read while one is used
+
+Say = Callable[[str], object]
+warn: Say = logging.getLogger("difftrain").warning
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A data set at one size: latents [N, C, h, w], or None where pictures are read batch by batch.
+
+    `tokens` turns a list of captions into ids [B, T]; without it batches have no `input_ids`.
+    """
+
+    pictures: Pictures
+    size: int
+    tokens: Callable[[list[str]], Tensor] | None
+    latents: Tensor | None
+
+
+def stream(pictures: Pictures, tokenizer, size: int, *, length: int = 77) -> Prepared:
+    """The data set with pictures read and captions tokenised when needed: for large sets."""
+    return Prepared(pictures, size, tokenizer and (lambda texts: tokenizer(texts, length)), None)
+
+
+def prepare(
+    pictures: Pictures,
+    codec,
+    tokenizer,
+    size: int,
+    *,
+    length: int = 77,
+    cache: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    batch: int = 64,
+    say: Say = warn,
+) -> Prepared:
+    """The data set with captions tokenised and pictures encoded once: latents float32 on the CPU.
+
+    `tokenizer(texts, length)` gives ids [B, length]; None leaves them out. `codec.encode` takes
+    floats [B, 3, size, size] in [-1, 1]; `batch` pictures go to `device` at a time. The latents are
+    kept in the folder `cache` under a key of the pictures' bytes, the size, how pictures are fitted
+    and `codec.fingerprint()`. Every start reads those bytes again, so a change is never missed; a
+    kept file that is not exactly what was written is said and made again.
+    """
+    tokens = tokenizer and _table(list(dict.fromkeys(pictures.texts)), tokenizer, length)
+    if cache is not None and not hasattr(codec, "fingerprint"):
+        say("the latents are not kept: the codec has no `fingerprint()` to know them by")
+        cache = None
+    if cache is None:
+        return Prepared(pictures, size, tokens, _encoded(pictures, codec, size, device, batch))
+    key = _key(pictures, codec.fingerprint(), size)
+    path = Path(cache, f"latents-{key[:32]}.safetensors")
+    latents = _kept(path, key, say)
+    if latents is None:
+        latents = _encoded(pictures, codec, size, device, batch)
+        _keep(path, key, latents, say)
+    return Prepared(pictures, size, tokens, latents)
+
+
+def _table(texts: list[str], tokenizer, length: int) -> Callable[[list[str]], Tensor]:
+    ids = tokenizer(texts, length)
+    place = {text: row for row, text in enumerate(texts)}
+    return lambda wanted: ids[[place[text] for text in wanted]]
+
+
+def signed(image: Tensor) -> Tensor:
+    """uint8 pictures as floats in [-1, 1]: 0 is -1 and 255 is 1."""
+    return image.float() / 127.5 - 1
+
+
+def encode(codec, image: Tensor) -> Tensor:
+    """Latents [B, C, h, w] of pictures [B, 3, H, W], floats in [-1, 1]; no gradient."""
+    with torch.no_grad():
+        return codec.encode(image)
+
+
+def images(pictures: Pictures, chunks: Iterable[Iterable[int]], size: int) -> Iterator[Tensor]:
+    """uint8 [B, 3, size, size] for every chunk of rows, while the next chunks are being read."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting = deque()
+        for rows in chunks:
+            waiting.append([pool.submit(pictures.image, int(row), size) for row in rows])
+            if len(waiting) > AHEAD:
+                yield torch.stack([one.result() for one in waiting.popleft()])
+        while waiting:
+            yield torch.stack([one.result() for one in waiting.popleft()])
+
+
+def _encoded(pictures: Pictures, codec, size: int, device, batch: int) -> Tensor:
+    starts = range(0, len(pictures), batch)
+    chunks = (range(start, min(start + batch, len(pictures))) for start in starts)
+    parts = []
+    with tqdm(total=len(pictures), desc="encoding pictures", unit="", disable=None) as bar:
+        for image in images(pictures, chunks, size):
+            parts.append(encode(codec, signed(image.to(device))).float().cpu())
+            bar.update(len(image))
+    latents = torch.cat(parts).contiguous()
+    lost = (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if lost:
+        raise DataError(
+            f"the codec's latents of `{pictures.records[lost[0]].file}` are not finite "
+            f"({len(lost)} of {len(pictures)} pictures): run the codec in fp32"
+        )
+    return latents
+
+
+def _key(pictures: Pictures, fingerprint: str, size: int) -> str:
+    contents = [sha256(pictures.data(row)).hexdigest() for row in range(len(pictures))]
+    return sha256(json.dumps([TRANSFORM, size, fingerprint, contents]).encode()).hexdigest()
+
+
+def _kept(path: Path, key: str, say: Say) -> Tensor | None:
+    """The latents in a cache file, or None where it is not exactly what was written."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            labels, latents = file.metadata() or {}, file.get_tensor("latents")
+    except (SafetensorError, OSError) as cause:
+        say(f"the kept latents `{path}` are damaged ({cause}), encoding again")
+        return None
+    if labels == {"key": key, "sha256": _digest(latents)}:
+        return latents
+    say(f"the kept latents `{path}` are not what was written there, encoding again")
+    return None
+
+
+def _keep(path: Path, key: str, latents: Tensor, say: Say) -> None:
+    """Writes the whole file or none; latents that cannot be kept can still be trained on."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": latents}, part, {"key": key, "sha256": _digest(latents)})
+        part.replace(path)
+    except (SafetensorError, OSError) as cause:
+        say(f"the latents cannot be kept in `{path.parent}` ({cause}), each start encodes again")
+        if part.is_file():
+            part.unlink()
+
+
+def _digest(latents: Tensor) -> str:
+    return sha256(latents.numpy()).hexdigest()
