@@ -201,8 +201,9 @@ def test_a_split_that_only_some_lines_have_is_an_error(photos):
         ({"caption": "b"}, ["line 2 names no picture", '"file_name"']),
         ({"file_name": "images/x.png", "caption": "b"}, ["`images/x.png`, which is not there"]),
         ({"file_name": "../a.png", "caption": "b"}, ["`../a.png`, which is not there"]),
-        ({"file_name": "images/b.png"}, ["line 2 has no `caption`", 'caption = "text"']),
-        ({"file_name": "images/b.png", "label": "b"}, ["has no `caption`", 'caption = "label"']),
+        ({"file_name": "images/b.png"}, ["line 2 has no `caption`: write one"]),
+        ({"file_name": "images/b.png", "n": 1, "label": "b"}, ['as in caption = "label"']),
+        ({"file_name": "images/b.png", "label": "b", "text": "b"}, ['as in caption = "text"']),
         ({"file_name": "images/b.png", "caption": "  "}, ["line 2 has no `caption`"]),
         ({"file_name": "images/b.png", "caption": []}, ["line 2 has no `caption`"]),
         ({"file_name": "images/b.png", "caption": 7}, ["line 2: `caption` is not text"]),
@@ -252,6 +253,21 @@ def test_a_zip_damaged_inside_names_the_picture(photos, tmp_path):
     (tmp_path / "p.zip").write_bytes(damaged)
     with fails("`a.png` in", "cannot be read (bad crc-32"):
         open_source("folder", tmp_path / "p.zip").image(0, 8)
+
+
+def test_any_damaged_byte_of_a_zip_is_an_error_of_ours_or_harmless(tmp_path):
+    packed = tmp_path / "p.zip"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("metadata.jsonl", '{"file_name": "a.png", "caption": "a"}')
+        out.writestr("a.png", bytes_of(Image.effect_noise((4, 4), 9)))
+    whole, told = packed.read_bytes(), 0
+    for place in range(len(whole)):
+        packed.write_bytes(whole[:place] + bytes([whole[place] ^ 9]) + whole[place + 1 :])
+        try:
+            open_source("folder", packed).image(0, 4)
+        except DataError:
+            told += 1
+    assert told > len(whole) / 2
 
 
 def test_a_picture_without_a_caption_file_is_named(tmp_path):

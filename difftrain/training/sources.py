@@ -11,6 +11,7 @@ import json
 import os
 import posixpath
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -27,6 +28,7 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CAPTIONS = (".txt", ".caption")
 SPLIT_FOLDERS = {"train", "validation", "test"}
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}  # at most 8 bits a channel, grey or RGB
+UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 TRANSFORM = "upright, on white, shorter side by lanczos, centre crop"
 
 
@@ -98,7 +100,7 @@ class Pictures:
         file = self.records[row].file
         try:
             return self.store.read(file)
-        except (OSError, RuntimeError, zipfile.BadZipFile) as cause:
+        except UNREADABLE as cause:
             raise DataError(
                 f"`{file}` in `{self.name}` cannot be read ({_reason(cause)}): "
                 "copy the file again, or take the picture out of the set"
@@ -161,7 +163,7 @@ def _open(path: str | Path) -> Folder | Archive:
         )
     try:
         return Archive(zipfile.ZipFile(at))
-    except (zipfile.BadZipFile, OSError) as cause:
+    except UNREADABLE as cause:
         raise DataError(
             f"`{path}` is neither a folder nor a whole zip: unpack it, or copy it again"
         ) from cause
@@ -207,12 +209,17 @@ def _phrasings(fields: dict, caption: str, where: str) -> tuple[str, ...]:
         return texts
     if value not in (None, [], "") and not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: `{caption}` is not text: write a string or a list of strings")
-    others = [key for key, text in fields.items() if isinstance(text, str) and key != "file_name"]
-    near = next((key for key in ("text", "caption", *others) if key in others), "text")
-    raise DataError(
-        f"{where} has no `{caption}`: write one, "
-        f'or name the field that holds the text, as in caption = "{near}"'
-    )
+    raise DataError(f"{where} has no `{caption}`: write one{_elsewhere(fields, caption)}")
+
+
+def _elsewhere(fields: dict, caption: str) -> str:
+    """Advice to take another text field of the line, where it has one."""
+    strings = [key for key, text in fields.items() if isinstance(text, str) and text.strip()]
+    others = [key for key in strings if key not in ("file_name", caption)]
+    if not others:
+        return ""
+    likely = next((key for key in ("caption", "text") if key in others), others[0])
+    return f', or name the field that holds the text, as in caption = "{likely}"'
 
 
 def _beside(store: Folder | Archive, name: str, caption: str) -> Iterator[Record]:
@@ -240,7 +247,7 @@ def _caption_file(store: Folder | Archive, name: str, file: str, stem: str) -> s
 def _text(store: Folder | Archive, name: str, file: str) -> str:
     try:
         return store.read(file).decode("utf-8-sig")
-    except (OSError, RuntimeError, zipfile.BadZipFile, UnicodeDecodeError) as cause:
+    except UNREADABLE as cause:
         raise DataError(
             f"`{file}` in `{name}` cannot be read as UTF-8 text ({_reason(cause)}): save it again"
         ) from cause
@@ -281,6 +288,7 @@ def picture(data: bytes, size: int, name: str) -> torch.Tensor:
 
     Turned as its EXIF tag says, transparency laid on white, grey spread over three channels.
     """
+    Image.init()  # two threads that meet in Pillow's own lazy loading can miss a format
     try:
         image = Image.open(io.BytesIO(data))
         deep = any(";16" in str(tile) for tile in image.tile)  # Pillow would cut these to 8 bits
@@ -302,5 +310,5 @@ def picture(data: bytes, size: int, name: str) -> torch.Tensor:
 
 def _reason(cause: Exception) -> str:
     """The first line of an error, in the form that stands inside a sentence."""
-    line = (getattr(cause, "strerror", None) or str(cause) or type(cause).__name__).splitlines()[0]
-    return line.split(" <")[0].rstrip(".").lower()
+    words = getattr(cause, "strerror", None) or str(cause) or "it is damaged"
+    return words.splitlines()[0].split(" <")[0].rstrip(".").lower()
