@@ -183,11 +183,13 @@ def test_all_draws_trace_whole_and_new_steps_do_not_recompile():
         assert torch.equal(ours, theirs)
 
 
-def test_compiled_bits_are_the_eager_bits():
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_bits_are_the_eager_bits(device):
     def draw(seed, step, index):
         return random.bits("t", seed, step, index, 6)
 
     compiled = torch.compile(draw, fullgraph=True)
     index = torch.arange(2**32 - 3, 2**32 + 3)
     expected = random.bits("t", 2**40 + 1, 5, index, 6)
-    assert torch.equal(compiled(torch.tensor(2**40 + 1), torch.tensor(5), index), expected)
+    seed, step = (torch.tensor(n, device=device) for n in (2**40 + 1, 5))
+    assert torch.equal(compiled(seed, step, index.to(device)).cpu(), expected)
