@@ -228,3 +228,17 @@ def test_guidance_rests_outside_its_interval():
     evaluate = solvers.guided(affine, cond, null, 3.0, interval=(0.3, 0.6))
     plain, strong = affine(x, t, cond)[1], affine(x, t, 3 * cond)[1]
     torch.testing.assert_close(evaluate(x, t)[1], torch.stack([plain[0], strong[1], plain[2]]))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_finer_table_of_levels_does_not_change_the_precision_of_x(eta):
+    table, given, grid = ddpm(), draws(2), grids.trailing(4, 1000)
+
+    class Rounded(Gaussian):
+        def estimates(self, x, t):
+            return tuple(value.float() for value in super().estimates(x.double(), t))
+
+    x = start(given, 3)
+    rounded = solvers.ddim(Rounded(table.alpha, table.sigma), x.float(), grid, given, eta)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, solvers.ddim(table, x, grid, given, eta).float())

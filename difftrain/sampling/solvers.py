@@ -18,7 +18,10 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Model(Protocol):
-    """What sampling needs of a trained objective; guidance is already inside it."""
+    """What sampling needs of a trained objective; guidance is already inside it.
+
+    `estimates` and `flow` answer in the precision of x; alpha and sigma may be finer.
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
         """The data coefficient of the process at t [B]: [B]."""
@@ -42,7 +45,8 @@ class Draws:
 
     def noise(self, step: int, like: Tensor) -> Tensor:
         """Standard normal noise [B, ...] for the move to `grid[step]`; 0 is the start."""
-        return random.normal("sample", self.seed, step, self.index, like.shape[1:], like.dtype)
+        index = self.index.to(like.device)
+        return random.normal("sample", self.seed, step, index, like.shape[1:], like.dtype)
 
 
 def start(model: Model, like: Tensor, grid: Tensor, draws: Draws) -> Tensor:
@@ -74,7 +78,8 @@ def ddim_move(estimates: Pair, here: Pair, there: Pair, noise: Tensor, eta: floa
     """
     (x0_hat, eps_hat), (a_t, s_t), (a_s, s_s) = estimates, here, there
     v = eta**2 * (s_s / s_t) ** 2 * (s_t**2 - (s_s * a_t / a_s) ** 2).clamp(min=0)
-    return a_s * x0_hat + (s_s**2 - v).clamp(min=0).sqrt() * eps_hat + v.sqrt() * noise
+    moved = a_s * x0_hat + (s_s**2 - v).clamp(min=0).sqrt() * eps_hat + v.sqrt() * noise
+    return moved.to(x0_hat.dtype)
 
 
 def euler(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
