@@ -1,4 +1,4 @@
-"""What the syntax says when something else was expected: one rule per cause, the first that fits."""
+"""What the syntax says when something else was expected: the first cause that fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lark import Token
 
 from difftrain.language.finding import Finding, Fix, Label
-from difftrain.language.lexing import CLOSER
+from difftrain.language.lexing import OPERATORS
 from difftrain.language.tree import Source, Span
 
 RESERVED = ("diff", "import", "as", "param", "in", "from", "if", "then", "else")
@@ -21,16 +21,18 @@ ASCII = {
     "λ": "logsnr", "γ": "gamma", "β": "beta", "\N{NO-BREAK SPACE}": " ", "\ufeff": "",
 }  # fmt: skip
 
+BOTH = "write `if a then b else false` for both of two conditions"
+EITHER = "write `if a then true else b` for either of two conditions"
+
 # What other languages write, and what is written here.
 INSTEAD = {
-    "'": 'a string is written with `"`, and a prime stands right behind a name',
+    "'": 'write `"` around a string, and a prime right behind the name on the left of `=`',
     ":": "write `=` to define, or `in` to give a range",
     ";": "put the next statement on its own line, or write `,` between the two",
     "%": "there is no remainder here; delete `%`",
-    "&": "write `if a then b else false` for both of two conditions",
-    "|": "write `if a then true else b` for either of two conditions",
+    "&": BOTH,
+    "|": EITHER,
     "!": "write `!=` for different",
-    "@": "delete `@`",
     "\\": "delete `\\`; inside ( ) and [ ] a line simply goes on",
     "$": "write the name of a `param` without `$`",
 }
@@ -41,8 +43,9 @@ KINDS = {
     "IN": "`in`", "THEN": "`then`", "ELSE": "`else`", "IMPORT": "`import`", "INT": "a whole number",
 }  # fmt: skip
 VALUE = {"NUMBER", "INT", "QUANTITY", "STRING", "LSQB", "LPAR", "MINUS", "IF", "NAME", "PRIMED"}
-OPERATORS = {"PLUS", "MINUS", "STAR", "SLASH", "CIRCUMFLEX", "COMPARE", "DOTS"}
 ENDS = {"_NL", "RBRACE", "$END"}
+CLOSERS = {"LPAR": "RPAR", "LSQB": "RSQB"}
+OPENING = {")": "(", "]": "[", "}": "{"}
 
 
 @dataclass(frozen=True)
@@ -103,29 +106,36 @@ def _foreign(scene: Scene) -> Finding | None:
     if scene.kind != "FOREIGN":
         return None
     text = str(scene.token)
-    if all(c in ASCII for c in text):
-        plain = "".join(ASCII[c] for c in text)
-        advice = f"write `{plain}`" if plain.strip() else "write a plain space"
-        fix = Fix(scene.at, plain)
-    else:
-        advice, fix = (
-            "spell it with the letters a to z; comments and strings may hold any text",
-            None,
-        )
-    name = unicodedata.name(text[0], "a character without a name").lower()
-    shown = f"`{text[:12]}`" if text[0].isprintable() else f"a hidden character ({name})"
+    name = unicodedata.name(text[0], "character that has no name").lower()
+    shown = f"`{text[:12]}`" if text[0].isprintable() else f"a hidden {name}"
+    plain = "".join(ASCII.get(c, "?") for c in text)
+    known = "?" not in plain
     return scene.finding(
-        "DIF005", f"{shown} is not ASCII", because=f"it starts with {name}", help=advice, fix=fix
+        "DIF005",
+        f"{shown} is not ASCII",
+        because=f"source is ASCII, and this {'is' if len(text) == 1 else 'starts with'} the {name}",
+        help=_spelled(plain) if known else "spell it with the letters a to z",
+        fix=Fix(scene.at, plain) if known else None,
     )
+
+
+def _spelled(plain: str) -> str:
+    if plain.strip():
+        return f"write `{plain}`"
+    return "write a plain space" if plain else "delete it"
 
 
 def _junk(scene: Scene) -> Finding | None:
     if scene.kind != "JUNK":
         return None
     text = str(scene.token)
-    shown = f"`{text}`" if text.isprintable() else f"the control character {ord(text)}"
-    advice = INSTEAD.get(text, f"delete {'it' if shown[0] == 't' else shown}")
-    return scene.finding("DIF004", f"{shown} means nothing in this language", help=advice)
+    if text == "'":
+        message = "this `'` is neither a prime nor a quote"
+    elif text.isprintable():
+        message = f"`{text}` means nothing in this language"
+    else:
+        message = f"the control character {ord(text)} means nothing in this language"
+    return scene.finding("DIF004", message, help=INSTEAD.get(text, "delete it"))
 
 
 def _unclosed_string(scene: Scene) -> Finding | None:
@@ -145,34 +155,44 @@ def _unclosed_string(scene: Scene) -> Finding | None:
 def _closes_nothing(scene: Scene) -> Finding | None:
     match scene.kind:
         case "RPAR" | "RSQB" if scene.opener is None:
-            opener = "(" if scene.kind == "RPAR" else "["
+            pass
         case "RBRACE" if scene.block is None:
-            opener = "{"
-        case "STRAY":
-            message = "`{` stands behind no block's name"
-            return scene.finding("DIF009", message, help="delete `{`, or name the block before it")
+            pass
+        case "STRAY" if scene.token == "}":
+            pass
         case _:
             return None
     text = str(scene.token)
-    message = f"`{text}` closes nothing"
-    return scene.finding(
-        "DIF009", message, help=f"delete `{text}`, or open with `{opener}` before it"
-    )
+    advice = f"delete `{text}`, or write the `{OPENING[text]}` that it closes"
+    return scene.finding("DIF009", f"`{text}` closes nothing", help=advice)
+
+
+def _opens_nothing(scene: Scene) -> Finding | None:
+    if scene.kind not in ("STRAY", "LBRACE") or not ({"_NL", "NUMBER"} & scene.accepts):
+        return None
+    message = "`{` stands behind no block's name"
+    return scene.finding("DIF009", message, help="delete `{`, or write `kind name {`")
 
 
 def _unclosed_bracket(scene: Scene) -> Finding | None:
     opener = scene.opener
-    closers = (*ENDS, "LBRACE", "RPAR", "RSQB")
-    if opener is None or scene.kind not in closers or _expects_value(scene):
+    if opener is None or CLOSERS[opener.type] not in scene.accepts:
         return None
-    closer = CLOSER[opener.type]
+    if scene.kind not in (*ENDS, "LBRACE", "RPAR", "RSQB"):
+        return None
+    closer = ")" if opener == "(" else "]"
     return scene.finding(
         "DIF007",
         f"expected `{closer}` to close the `{opener}` opened here",
         f"`{closer}` is missing",
         [Label(span(scene.source, opener), "opened here")],
-        help=f"write `{closer}` before {_quoted(scene.token)}",
+        help=f"write `{closer}` {_where(scene)}",
     )
+
+
+def _where(scene: Scene) -> str:
+    place = "at" if scene.at.start == scene.at.end else "before"
+    return f"{place} {_quoted(scene.token)}"
 
 
 # ---- names and values
@@ -190,7 +210,7 @@ def _edition_late(scene: Scene) -> Finding | None:
 
 
 def _half_condition(scene: Scene) -> Finding | None:
-    if scene.kind not in ("THEN", "ELSE") or not _expects_value(scene):
+    if scene.kind not in ("THEN", "ELSE") or {"THEN", "ELSE"} & scene.accepts:
         return None
     text = str(scene.token)
     if scene.before is not None and scene.before.type in ("IF", "THEN"):
@@ -228,8 +248,15 @@ def _lone_operator(scene: Scene) -> Finding | None:
     if scene.kind not in OPERATORS | {"DOT", "EQUAL"} or not _expects_value(scene):
         return None
     found, before = _quoted(scene.token), _quoted(scene.before)
+    if scene.kind == "STAR" and before == "`*`":
+        both = Span(scene.source, scene.before.start_pos, scene.token.end_pos)
+        return scene.finding(
+            "DIF010", "`**` is no operator", help="write `^` for a power", fix=Fix(both, "^")
+        )
     if scene.kind == "DOT":
-        return scene.finding("DIF016", "a number starts with a digit", help="write `0.` before it")
+        return scene.finding(
+            "DIF016", "a number starts with a digit", help="write a `0` before the point"
+        )
     message = f"a value is missing between {before} and {found}"
     return scene.finding("DIF015", message, help=f"write a value before {found}, or delete {found}")
 
@@ -241,6 +268,8 @@ def _unit(scene: Scene) -> Finding | None:
         return None
     if before.end_pos != scene.token.start_pos:
         return None
+    if scene.kind == "DOT" and before.type != "INT":
+        return scene.finding("DIF016", "a number has one point", help="delete this one")
     if scene.kind == "DOT":
         return scene.finding(
             "DIF016", f"`{before}.` has no digit after its point", help=f"write `{before}.0`"
@@ -270,30 +299,37 @@ def _not_a_statement(scene: Scene) -> Finding | None:
     """A name that is followed by nothing that makes a statement of it."""
     if not {"EQUAL", "LBRACE"} & scene.accepts or scene.before is None:
         return None
-    found, wanted = _quoted(scene.token), _wanted(scene.accepts)
     if scene.token == "==" and "EQUAL" in scene.accepts:
         return scene.finding(
             "DIF010", "`==` compares, it does not define", help="write `=`", fix=Fix(scene.at, "=")
         )
-    message = f"expected {wanted} after {_quoted(scene.before)}"
-    if scene.kind not in ENDS:
-        message += f", found {found}"
-    named = f"`{scene.before}`" if scene.before.type == "NAME" else "it"
-    help_ = (
-        "write `{` and the block's statements"
-        if "EQUAL" not in scene.accepts
-        else (
-            f"write what {named} is: `=` and its value"
-            if named != "it"
-            else "write `=` and a value"
-        )
-    )
-    return scene.finding("DIF019", message, help=help_)
+    if scene.kind == "DOT":
+        message = "a name that is defined has no `.` in it"
+        return scene.finding("DIF019", message, help="write one word on the left of `=`")
+    wanted, advice = _continuation(scene)
+    found = f", found {_quoted(scene.token)}" if scene.kind not in ENDS else ""
+    message = f"expected {wanted} after {_quoted(scene.before)}{found}"
+    return scene.finding("DIF019", message, help=advice)
+
+
+def _continuation(scene: Scene) -> tuple[str, str]:
+    """What makes a statement of the words so far, and how to write it."""
+    word = scene.before
+    if "TILDE" in scene.accepts:
+        return "`=`, `~` or `{`", f"write `{word} = value`, `{word} ~ law` or `{word} name {{`"
+    if "LBRACE" in scene.accepts and "EQUAL" in scene.accepts:
+        return "`=` or `{`", "write `=` and the function's value, or `{` and the block's statements"
+    if "LBRACE" in scene.accepts:
+        return "`{`", "write `{` and the block's statements, up to its `}`"
+    return "`=`", "write `=` and a value"
 
 
 def _second_statement(scene: Scene) -> Finding | None:
     if "_NL" not in scene.accepts or scene.kind not in ("NAME", "PRIMED", "IMPORT", "PARAM"):
         return None
+    if scene.token in ("and", "or"):
+        advice = BOTH if scene.token == "and" else EITHER
+        return scene.finding("DIF010", f"`{scene.token}` is no operator", help=advice)
     return scene.finding(
         "DIF014",
         f"expected an operator or a new line before {_quoted(scene.token)}",
@@ -312,8 +348,8 @@ def _goes_on(scene: Scene) -> Finding | None:
         case "COMPARE":
             message = f"comparisons do not chain, found a second one, {found}"
             advice = "write `if a < b then b < c else false`"
-        case "LBRACE":
-            message, advice = "`{` stands behind no block's name", "write `kind name {`"
+        case "LSQB":
+            message, advice = "`[` opens a list, not an index", "write `pick(table, i)`"
         case _:
             message = f"expected an operator or the end of the line, found {found}"
             advice = f"delete {found}, or write an operator before it"
@@ -322,15 +358,18 @@ def _goes_on(scene: Scene) -> Finding | None:
 
 def _in_brackets(scene: Scene) -> Finding | None:
     opener = scene.opener
-    if opener is None:
+    if opener is None or CLOSERS[opener.type] not in scene.accepts:
         return None
-    found, wanted = _quoted(scene.token), _wanted(scene.accepts)
-    advice = f"write `,` before {found}, or close the `{opener}`"
+    closer = KINDS[CLOSERS[opener.type]]
+    separator = "`,`" if "COMMA" in scene.accepts else "an operator"
+    if _expects_value(scene) or "COMMA" not in scene.accepts and "NAME" in scene.accepts:
+        separator = _wanted(scene.accepts & {"NAME", *VALUE})
+    found = _quoted(scene.token)
     return scene.finding(
         "DIF010",
-        f"expected {wanted} after {_quoted(scene.before)}, found {found}",
+        f"expected {separator} or {closer} after {_quoted(scene.before)}, found {found}",
         also=[Label(span(scene.source, opener), "opened here")],
-        help=advice if "COMMA" in scene.accepts else f"write {wanted}, or delete {found}",
+        help=f"write {separator} before {found}, or delete {found}",
     )
 
 
@@ -349,7 +388,7 @@ def _wanted(accepts: frozenset[str]) -> str:
     for whole, word in ((VALUE, "a value"), (OPERATORS - {"DOTS", "COMPARE"}, "an operator")):
         if whole <= left:
             words.append(word)
-            left -= whole
+            left -= {*whole, "LPAR"}
     words += ["a name"] if "NAME" in left else []
     words += [text for kind, text in KINDS.items() if kind in left and kind != "DOT"]
     words += ["the end of the line"] if "_NL" in left else []
@@ -362,6 +401,7 @@ CAUSES = (
     _junk,
     _unclosed_string,
     _closes_nothing,
+    _opens_nothing,
     _unclosed_bracket,
     _edition_late,
     _half_condition,
@@ -370,9 +410,9 @@ CAUSES = (
     _value_missing,
     _lone_operator,
     _cannot_start,
+    _in_brackets,
     _not_a_statement,
     _second_statement,
     _goes_on,
-    _in_brackets,
     _otherwise,
 )

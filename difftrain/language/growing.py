@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lark import Token
@@ -29,7 +30,7 @@ class Grower:
     """Turns parsed nodes into ours; `report` takes what only shows here."""
 
     source: t.Source
-    report: callable
+    report: Callable[[Finding], None]
 
     def tree(self, parsed: Parsed) -> t.Tree:
         match parsed.children:
@@ -139,7 +140,7 @@ class Grower:
         if math.isinf(value):
             self.refuse(
                 "DIF016",
-                "this number is too large to be one",
+                "this number is too large",
                 self.span(token),
                 because="numbers go up to about 1.8e308",
                 help="write a smaller number",
@@ -169,7 +170,7 @@ class Grower:
             "DIF012",
             f"`{token}` cannot be read, it is only written on the left of `=`",
             self.span(token),
-            because=f"`{name}` alone is its newest value, and inside `{token} = ...` the one before",
+            because=f"`{name}` is its newest value, inside `{token} = ...` the one before",
             help=f"write `{name}`",
             fix=Fix(self.span(token), name),
         )

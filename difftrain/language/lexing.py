@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from lark import Lark, Token
 from lark.grammar import Rule
-from lark.lexer import TerminalDef
+from lark.lexer import LexerThread, TerminalDef
 
 from difftrain import shipped
 
-CLOSER = {"LPAR": ")", "LSQB": "]", "LBRACE": "}"}
 SEPARATORS = frozenset({"_NL", "LBRACE", "RBRACE"})
+OPERATORS = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "CIRCUMFLEX", "COMPARE", "DOTS"})
 
 
 # ---- the grammar, from the tables that the wheel carries or from its text
@@ -47,7 +47,7 @@ def _numbered(pairs) -> dict:
 
 def lex(text: str) -> list[Token]:
     """Every token of a text, comments and newlines too; no text is refused."""
-    return list(grammar().lex(text))
+    return list(LexerThread.from_text(grammar().parser.lexer, text).lex(None))
 
 
 # ---- layout
@@ -62,7 +62,7 @@ class Placed(NamedTuple):
 
 def lay_out(tokens: list[Token]) -> list[Placed]:
     """The tokens that the rules see: no comments, no newlines in brackets, commas as newlines."""
-    code = [token for token in tokens if token.type != "COMMENT"]
+    code = [part for token in tokens if token.type != "COMMENT" for part in _saved_brace(token)]
     opened: list[Token] = []
     placed: list[Placed] = []
     for i, token in enumerate(code):
@@ -73,6 +73,16 @@ def lay_out(tokens: list[Token]) -> list[Placed]:
         placed.append(Placed(token, opened[-1] if opened else None))
         _track(opened, token)
     return placed
+
+
+def _saved_brace(token: Token) -> list[Token]:
+    """The token; a string that swallowed the `{` at the end of its line gives it back."""
+    text = token.rstrip()
+    if token.type != "UNCLOSED" or not text.endswith("{"):
+        return [token]
+    at = token.start_pos + len(text) - 1
+    brace = Token("LBRACE", "{", start_pos=at, end_pos=at + 1)
+    return [Token("UNCLOSED", text[:-1], start_pos=token.start_pos, end_pos=at), brace]
 
 
 def _track(opened: list[Token], token: Token) -> None:
@@ -108,7 +118,7 @@ def virtual(kind: str, text: str, at: int) -> Token:
     return Token(kind, text, start_pos=at, end_pos=at)
 
 
-# ---- braces
+# ---- braces: as many `}` as `{`, with the odd ones out marked as strays
 
 
 class Unclosed(NamedTuple):
@@ -120,27 +130,37 @@ class Unclosed(NamedTuple):
 
 def close_blocks(placed: list[Placed], end: Token) -> tuple[list[Placed], list[Unclosed]]:
     """The tokens with every block closed; a line at the left margin ends what is still open."""
-    excess = len(_open_braces(placed))
-    if not excess:
-        return placed, []
-    placed = _without_strays(placed, excess)
-    if not _open_braces(placed):
-        return placed, []
-    return _closed_at_margin(placed, end)
+    kinds = [token.type for token, _ in placed]
+    excess = kinds.count("LBRACE") - kinds.count("RBRACE")
+    if excess < 0:
+        return _without_closers(placed, -excess), []
+    if excess > 0:
+        placed = _without_openers(placed, excess)
+    return _closed_at_margin(placed, end) if _left_open(placed) else (placed, [])
 
 
-def _open_braces(placed: list[Placed]) -> list[Token]:
-    opened: list[Token] = []
-    for token, _ in placed:
-        if token.type == "LBRACE":
-            opened.append(token)
-        elif token.type == "RBRACE":
-            del opened[-1:]
-    return opened
+def _without_closers(placed: list[Placed], excess: int) -> list[Placed]:
+    """The tokens with up to `excess` of the `}` that stand within a statement marked as strays."""
+    result = list(placed)
+    for i, (token, opener) in enumerate(placed):
+        if token.type == "RBRACE" and excess and _within_statement(placed, i):
+            result[i] = Placed(retyped(token, "STRAY"), opener)
+            excess -= 1
+    return result
 
 
-def _without_strays(placed: list[Placed], excess: int) -> list[Placed]:
-    """The tokens with up to `excess` braces that head no block marked as strays."""
+def _within_statement(placed: list[Placed], i: int) -> bool:
+    after = placed[i + 1].token.type if i + 1 < len(placed) else "_NL"
+    before = placed[i - 1].token.type if i else "_NL"
+    return (
+        placed[i].opener is not None
+        or after not in ("_NL", "RBRACE")
+        or before in ("EQUAL", "TILDE", *OPERATORS)
+    )
+
+
+def _without_openers(placed: list[Placed], excess: int) -> list[Placed]:
+    """The tokens with up to `excess` of the `{` that head no block marked as strays."""
     result, statement = [], []
     for token, opener in placed:
         if token.type == "LBRACE" and excess and not _heads_block(statement):
@@ -155,19 +175,31 @@ def _heads_block(statement: list[Placed]) -> bool:
     return bool(outside) and not {"EQUAL", "TILDE"} & set(outside)
 
 
+def _left_open(placed: list[Placed]) -> list[Token]:
+    """Every `{` that no `}` closes."""
+    opened: list[Token] = []
+    for token, _ in placed:
+        _match_brace(opened, token)
+    return opened
+
+
+def _match_brace(opened: list[Token], token: Token) -> None:
+    if token.type == "LBRACE":
+        opened.append(token)
+    elif token.type == "RBRACE":
+        del opened[-1:]
+
+
 def _closed_at_margin(placed: list[Placed], end: Token) -> tuple[list[Placed], list[Unclosed]]:
     opened: list[Token] = []
     result: list[Placed] = []
     unclosed: list[Unclosed] = []
     for token, opener in [*placed, Placed(end, None)]:
-        margin = token.type == "$END" or (token.column == 1 and token.type not in ("_NL", "RBRACE"))
-        while margin and opened:
+        margin = token.column == 1 and token.type not in ("_NL", "RBRACE")
+        while opened and (margin or token is end):
             unclosed.append(Unclosed(opened.pop(), token))
             result.append(Placed(virtual("RBRACE", "}", token.start_pos), None))
             result.append(Placed(virtual("_NL", "\n", token.start_pos), None))
-        if token.type == "LBRACE":
-            opened.append(token)
-        elif token.type == "RBRACE":
-            del opened[-1:]
+        _match_brace(opened, token)
         result.append(Placed(token, opener))
     return result[:-1], unclosed

@@ -51,16 +51,17 @@ CODES = {
 
 def parse(source: Source, found: list[Finding]) -> Tree:
     """The tree of a source, whatever its text."""
-    report = _Report(found)
-    if nothing := _unreadable(source):
-        report(nothing)
+    tokens = lex(source.text)
+    if nothing := _unreadable(source, tokens):
+        found.append(nothing)
         return Tree(None, (), source)
-    end = Token("$END", "", start_pos=len(source.text), end_pos=len(source.text))
-    placed, unclosed = close_blocks(lay_out(lex(source.text)), end)
+    report = _Report(found)
+    end = virtual("$END", "", len(source.text.rstrip()))
+    tokens.append(virtual("_NL", "\n", end.start_pos))
+    placed, unclosed = close_blocks(lay_out(tokens), end)
     for block in unclosed:
         report(_unclosed_block(source, block))
-    root = _Drive(source, [*placed, Placed(virtual("_NL", "\n", end.start_pos), None)], report)
-    return Grower(source, report).tree(root.run(end))
+    return Grower(source, report).tree(_Drive(source, placed, report).run(end))
 
 
 class _Report:
@@ -76,7 +77,7 @@ class _Report:
             self.found.append(finding)
 
 
-def _unreadable(source: Source) -> Finding | None:
+def _unreadable(source: Source, tokens: list[Token]) -> Finding | None:
     text = source.text
     if "\0" in text or "\N{REPLACEMENT CHARACTER}" in text:
         return Finding(
@@ -86,7 +87,7 @@ def _unreadable(source: Source) -> Finding | None:
             because="it holds bytes that no text has",
             help="give the path of a `.diff` file",
         )
-    if all(token.type in ("_NL", "COMMENT") for token in lex(text)):
+    if all(token.type in ("_NL", "COMMENT") for token in tokens):
         return Finding(
             "DIF001",
             "this file has nothing in it",
