@@ -112,7 +112,9 @@ def _items(tokens: list[Token]) -> list[Item]:
 
 
 def _ends_item(tokens: list[Token], i: int) -> bool:
-    return i + 1 == len(tokens) or tokens[i + 1].type == "COMMA"
+    """Whether nothing but comments stands between `i` and a comma or the end."""
+    rest = (token.type for token in tokens[i:] if token.type != "COMMENT")
+    return next(rest, "COMMA") == "COMMA"
 
 
 def _behind(tokens: list[Token], i: int, item: Item) -> bool:
