@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from importlib.resources.abc import Traversable
 from typing import NamedTuple
 
+import lark
 from lark import Lark, Token
 from lark.grammar import Rule
 from lark.lexer import LexerThread, TerminalDef
@@ -22,17 +24,24 @@ OPERATORS = frozenset({"PLUS", "MINUS", "STAR", "SLASH", "CIRCUMFLEX", "COMPARE"
 def tables(text: str) -> str:
     """The parser's tables for a grammar, as JSON."""
     data, memo = _compiled(text).memo_serialize([TerminalDef, Rule])
-    return json.dumps({"data": data, "memo": memo}, sort_keys=True, separators=(",", ":"))
+    stored = {"lark": lark.__version__, "data": data, "memo": memo}
+    return json.dumps(stored, sort_keys=True, separators=(",", ":"))
 
 
 @cache
 def grammar() -> Lark:
     """The parser of `.diff`; 5 ms from the tables, about 100 ms where they were not built."""
     grammars = shipped.folder("grammars")
-    built = grammars / "diff.json"
-    if not built.is_file():
-        return _compiled((grammars / "diff.lark").read_text(encoding="utf-8"))
-    stored = json.loads(built.read_text(encoding="utf-8"), object_pairs_hook=_numbered)
+    return _stored(grammars / "diff.json") or _compiled((grammars / "diff.lark").read_text("utf-8"))
+
+
+def _stored(path: Traversable) -> Lark | None:
+    """The parser from its tables, if they are there and this lark wrote them."""
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text("utf-8"), object_pairs_hook=_numbered)
+    if stored["lark"] != lark.__version__:
+        return None
     return Lark._load_from_dict(stored["data"], stored["memo"])
 
 

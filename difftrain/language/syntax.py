@@ -87,7 +87,7 @@ def _unreadable(source: Source, tokens: list[Token]) -> Finding | None:
             because="it holds bytes that no text has",
             help="give the path of a `.diff` file",
         )
-    if all(token.type in ("_NL", "COMMENT") for token in tokens):
+    if all(token.type in ("_NL", "COMMA", "COMMENT") for token in tokens):
         return Finding(
             "DIF001",
             "this file has nothing in it",

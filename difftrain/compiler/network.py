@@ -1,0 +1,27 @@
+"""Calling a network, and what it may answer with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+ANSWERS = ("sample", "last_hidden_state", "latents")  # fields that hold the tensor
+
+
+def call_network(net, x: Tensor, tau: Tensor, cond, extra: Mapping[str, object]) -> Tensor:
+    """The output [B, ...] of `net(x, tau, cond, **extra)`; times reach it in x's type."""
+    return unwrap(net(x, tau, cond, **extra))
+
+
+def unwrap(answer) -> Tensor:
+    """The tensor in an answer: the tensor itself, the first of a tuple, or a named field."""
+    if isinstance(answer, Tensor):
+        return answer
+    if isinstance(answer, (tuple, list)):
+        return unwrap(answer[0])
+    for name in ANSWERS:
+        if isinstance(getattr(answer, name, None), Tensor):
+            return getattr(answer, name)
+    names = ", ".join(f"`.{n}`" for n in ANSWERS)
+    raise TypeError(f"the network must return a tensor, a tuple of tensors, or an object with {names}")

@@ -1,0 +1,172 @@
+"""The operations of the language on tensors: one row each, beside `difftrain/language/operations.py`.
+
+Samples are [B], fields [B, ...], tokens [B, T, D], tables [N]. The emitted step imports these.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def widen(x: Tensor, like: Tensor) -> Tensor:
+    """x [B] as [B, 1, ..., 1], to go with a field."""
+    return x.reshape(-1, *(1,) * (like.dim() - 1))
+
+
+def over_sample(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, x.dim()))
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean over all but the batch, [B]."""
+    return x.mean(over_sample(x))
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over all but the batch, [B]."""
+    return x.sum(over_sample(x))
+
+
+def norm(x: Tensor) -> Tensor:
+    """The root of the sum of squares over all but the batch, [B]."""
+    return x.square().sum(over_sample(x)).sqrt()
+
+
+def rms(x: Tensor) -> Tensor:
+    """The root of the mean of squares over all but the batch, [B]."""
+    return x.square().mean(over_sample(x)).sqrt()
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity over channels: the last axis of tokens, axis 1 of data."""
+    return torch.nn.functional.cosine_similarity(a, b, dim=-1 if a.dim() == 3 else 1)
+
+
+def pool(x: Tensor) -> Tensor:
+    """The mean over space, [B, C, 1, ...]."""
+    return x.mean(tuple(range(2, x.dim())), keepdim=True)
+
+
+def numel(x: Tensor) -> int:
+    """How many numbers one sample has."""
+    return x[0].numel()
+
+
+def pick(table: Tensor, index: Tensor) -> Tensor:
+    """The entries of a table [N] at an index [B]."""
+    return table[index.long()]
+
+
+def _tensors(a, b):
+    """Both as tensors, a plain number taking the other's type and place."""
+    like = a if isinstance(a, Tensor) else b
+    return tuple(x if isinstance(x, Tensor) else torch.full_like(like, x) for x in (a, b))
+
+
+def smaller(a, b) -> Tensor:
+    """The smaller, element by element; a may be a number."""
+    return torch.minimum(*_tensors(a, b))
+
+
+def larger(a, b) -> Tensor:
+    """The larger, element by element; a may be a number."""
+    return torch.maximum(*_tensors(a, b))
+
+
+def where(test: Tensor, a, b) -> Tensor:
+    """a where the test holds, else b."""
+    return torch.where(test, a, b)
+
+
+def rows(test: Tensor, a, b):
+    """Row by row, condition a where the test holds and b elsewhere. A condition is a tensor whose
+    rows are samples, a mapping or sequence of such, or None; a may be a single row for all."""
+    if b is None:
+        return None
+    if isinstance(b, Mapping):
+        return {k: rows(test, a[k], v) for k, v in b.items()}
+    if isinstance(b, Sequence):
+        return type(b)(rows(test, x, y) for x, y in zip(a, b, strict=True))
+    return torch.where(widen(test, b), a.to(b.dtype), b)
+
+
+def count(n: int, device=None) -> Tensor:
+    """0, 1, ..., n - 1 as float64 [n]."""
+    return torch.arange(int(n), dtype=torch.float64, device=device)
+
+
+def cumprod(x: Tensor) -> Tensor:
+    """The running product of a table."""
+    return torch.cumprod(x, 0)
+
+
+def first(x: Tensor) -> Tensor:
+    """The first entry of a table."""
+    return x[0]
+
+
+def last(x: Tensor) -> Tensor:
+    """The last entry of a table."""
+    return x[-1]
+
+
+def stop(x):
+    """The value, without gradient."""
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _tensor_function(function: Callable) -> Callable:
+    """The function of a tensor, for plain numbers too."""
+
+    def apply(x):
+        return function(x) if isinstance(x, Tensor) else function(torch.tensor(float(x)))
+
+    apply.__name__ = function.__name__
+    return apply
+
+
+# What the emitted step calls each function; infix operators are written as such.
+FUNCTIONS: dict[str, Callable] = {
+    "min": smaller,
+    "max": larger,
+    "where": where,
+    "mean": mean,
+    "sum": total,
+    "norm": norm,
+    "rms": rms,
+    "cosine": cosine,
+    "numel": numel,
+    "pool": pool,
+    "count": count,
+    "cumprod": cumprod,
+    "first": first,
+    "last": last,
+    "pick": pick,
+    "stop": stop,
+    "widen": widen,
+}
+ON_TENSORS = ("exp", "log", "sqrt", "sin", "cos", "tan", "atan", "acos", "erf", "sigmoid", "expm1")
+ON_TENSORS += ("floor", "ceil", "abs")
+INFIX: dict[str, tuple[str, Callable]] = {
+    "add": ("+", operator.add),
+    "sub": ("-", operator.sub),
+    "mul": ("*", operator.mul),
+    "div": ("/", operator.truediv),
+    "pow": ("**", operator.pow),
+    "lt": ("<", operator.lt),
+    "le": ("<=", operator.le),
+    "gt": (">", operator.gt),
+    "ge": (">=", operator.ge),
+    "eq": ("==", operator.eq),
+    "ne": ("!=", operator.ne),
+}
+TORCH: dict[str, Callable] = {
+    **FUNCTIONS,
+    **{name: _tensor_function(getattr(torch, name)) for name in ON_TENSORS},
+    **{name: function for name, (_, function) in INFIX.items()},
+    "neg": operator.neg,
+}

@@ -1,0 +1,167 @@
+"""The algebra pass: what cancels is cancelled before anything is evaluated.
+
+A weight is stated by the residual it multiplies. Where that residual is a multiple c of
+`pred - target`, which is proved on the coefficients of every field in both, `mean(residual^2)`
+becomes `c^2 * mean((pred - target)^2)` and c^2 is multiplied into the weight, so min(snr, g) on an
+x0 residual is min(snr, g) / snr on epsilon, and 0 / 0 at an end of the process never arises.
+Estimates lose divisions the same way: `x0_hat` of a prediction that is x0 is that prediction.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property, reduce
+from operator import add
+
+from difftrain.graph.graph import Graph, from_terms, to_terms
+from difftrain.language.algebra import linear, linear_leaves, reaches, simplify
+from difftrain.language.numbers import constant, points, value
+from difftrain.language.term import Term, const, is_const, make, rebuild, walk, with_args
+
+WHOLE = ("alpha", "sigma")  # kept as they are: expanding them would lose digits
+REDUCTIONS = ("mean", "sum")
+
+
+class Facts:
+    """What the graph says about its terms: names, the pairs (pred, target), numbers."""
+
+    def __init__(self, graph: Graph):
+        terms = to_terms(graph)
+        self.names: dict[Term, tuple[str, ...]] = {}
+        for node in graph.order():
+            if graph[node]["names"]:
+                self.names[terms[node]] = graph[node]["names"]
+        self.roots = {name: terms[node] for name, node in graph.outputs.items()}
+        self.laws = graph.laws
+        self.atoms = frozenset(t for t in self.names if self.quantity(t) & {*WHOLE})
+
+    def quantity(self, term: Term) -> set[str]:
+        return {n.partition("~")[0] for n in self.names.get(term, ())}
+
+    @cached_property
+    def pairs(self) -> list[tuple[Term, Term]]:
+        """(pred, target) of every world that has both."""
+        found = {"pred": {}, "target": {}}
+        for term, names in self.names.items():
+            for name in names:
+                quantity, _, world = name.partition("~")
+                if quantity in found:
+                    found[quantity][world] = term
+        return list(
+            dict.fromkeys((p, found["target"][w]) for w, p in found["pred"].items() if w in found["target"])
+        )
+
+    def plain(self, term: Term) -> Term:
+        """The term with given quantities drawn from their laws, for numbers only."""
+
+        def change(part: Term, args):
+            if part.op == "input" and part["name"] in self.laws:
+                return self.laws[part["name"]]
+
+        return rebuild(term, change)
+
+    def known(self, term: Term) -> float | None:
+        """The number that a term always equals, if there is one."""
+        plain = self.plain(term)
+        return constant(plain, points(plain))
+
+    def simple(self, term: Term) -> Term:
+        return simplify(term, self.atoms, self.known)
+
+    def multiple(self, residual: Term) -> tuple[Term, Term, Term] | None:
+        """(c, pred, target) where the residual is c * (pred - target) for every x0 and eps."""
+        for pred, target in self.pairs:
+            error = make("sub", pred, target)
+            leaves = linear_leaves(residual) | linear_leaves(error)
+            outputs = [t for t in leaves if t.op == "network" and reaches(pred, {t})]
+            left, right = linear(residual, leaves), linear(error, leaves)
+            found = next((o for o in outputs if o in left and o in right), None)
+            if found is None or not self._proportional(left, right, found):
+                continue
+            return self.simple(make("div", left[found], right[found])), pred, target
+        return None
+
+    def _proportional(self, left: dict, right: dict, pivot: Term) -> bool:
+        """Whether left = c * right, entry by entry, at points inside the support."""
+        zero = const(0)
+        entries = [self.plain(side.get(k, zero)) for k in {*left, *right} for side in (left, right)]
+        pivots = [self.plain(left[pivot]), self.plain(right[pivot])]
+        at = points(*entries, *pivots)
+        inner = at[1:-1][:: max(1, len(at) // 16)] or at
+        return all(_same_ratio(known, entries, pivots) for known in inner)
+
+
+def _same_ratio(known: dict, entries: list[Term], pivots: list[Term]) -> bool:
+    top, bottom = (value(p, known) for p in pivots)
+    numbers = [value(e, known) for e in entries]
+    for a, b in zip(numbers[::2], numbers[1::2], strict=True):
+        if not math.isclose(a * bottom, b * top, rel_tol=1e-9, abs_tol=1e-12):
+            return False
+    return True
+
+
+def cancel(graph: Graph) -> Graph:
+    """Needs: the graph as derived, with the target of every world that has a pred as an output
+    `target~k`. Ensures: equal values where the old graph had one, and no such outputs."""
+    facts = Facts(graph)
+    done: dict[Term, Term] = {}
+    weighted: set[Term] = set()
+    for term in walk(*facts.roots.values()):
+        new = _divided(term, facts, done) or _residual(term, facts, done, weighted)
+        if new is None:
+            new = with_args(term, tuple(done[a] for a in term.args))
+            new = _weight(new, facts, weighted) or new
+        done[term] = new
+    roots = {name: done[root] for name, root in facts.roots.items() if "~" not in name}
+    names = {done[t]: names for t, names in facts.names.items()}
+    return from_terms(roots, names, graph.given, graph.laws)
+
+
+def _divided(term: Term, facts: Facts, done: dict[Term, Term]) -> Term | None:
+    """A field divided by a number per sample, as a sum of fields with cancelled coefficients."""
+    if term.op != "div" or term.kind != "field" or term.args[1].kind != "sample":
+        return None
+    named = frozenset(t for t in facts.names if t.kind == "field" and t is not term)
+    leaves = linear_leaves(term.args[0], named)
+    parts = linear(term, leaves).items()
+    return reduce(add, (facts.simple(factor) * done[field] for field, factor in parts), const(0))
+
+
+def _residual(term: Term, facts: Facts, done: dict, weighted: set[Term]) -> Term | None:
+    """`c^2 * mean((pred - target)^2)` for the mean of a squared multiple of pred - target."""
+    if term.op not in REDUCTIONS or not _is_square(term.args[0]):
+        return None
+    found = facts.multiple(term.args[0].args[0])
+    if found is None:
+        return None
+    factor, pred, target = found
+    error = make(term.op, (done[pred] - done[target]) ** 2)
+    weighted.add(error)
+    return facts.simple(factor**2) * error
+
+
+def _is_square(term: Term) -> bool:
+    return term.op == "pow" and is_const(term.args[1], 2) and term.args[0].op == "sub"
+
+
+def _weight(term: Term, facts: Facts, weighted: set[Term]) -> Term | None:
+    """A weight times a rewritten residual, cancelled."""
+    if term.kind != "sample" or term.op not in ("mul", "div") or not weighted:
+        return None
+    inside = [t for t in walk(term) if t in weighted]
+    if len(inside) != 1 or not _is_factor(term, inside[0]):
+        return None
+    rest = rebuild(term, lambda t, args: const(1) if t is inside[0] else None)
+    return facts.simple(rest) * inside[0]
+
+
+def _is_factor(term: Term, factor: Term) -> bool:
+    if term is factor:
+        return True
+    if term.op == "mul":
+        return sum(_is_factor(a, factor) for a in term.args) == 1 and not all(
+            reaches(a, {factor}) for a in term.args
+        )
+    return term.op == "div" and _is_factor(term.args[0], factor) and not reaches(term.args[1], {factor})
+
+

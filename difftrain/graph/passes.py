@@ -1,0 +1,178 @@
+"""The passes, in order. Each takes a graph and returns one with the same values; each says what
+it needs and what it ensures. `run` verifies between them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+from difftrain.graph.cancel import cancel
+from difftrain.graph.graph import Graph
+from difftrain.graph.verify import verify
+from difftrain.language.operations import OPERATIONS
+
+ELEMENTWISE = {name for name, op in OPERATIONS.items() if op.kind is OPERATIONS["add"].kind}
+ELEMENTWISE |= {"where", "eq", "ne"}
+TRAINED = ("network", "jvp")  # what a gradient can reach
+
+
+def bind(graph: Graph) -> Graph:
+    """Needs: named draws and inputs. Ensures: every draw has the number of its random stream."""
+    graph = graph.copy()
+    for node in graph.find("draw"):
+        name = graph[node]["attrs"]["name"]
+        graph[node]["attrs"] = {**graph[node]["attrs"], "stream": zlib.crc32(name.encode())}
+    return graph
+
+
+def tabulate(graph: Graph) -> Graph:
+    """Needs: nothing. Ensures: what depends on nothing but an index of a table is a table too, so it
+    is computed once, in float64, and looked up in the step."""
+    graph = graph.copy()
+    for node in graph.find("pick"):
+        table, index = graph[node]["args"]
+        size = _length(graph, table)
+        if size is not None:
+            _tabulate_index(graph, index, size)
+    return graph
+
+
+def _length(graph: Graph, table: int) -> int | None:
+    """The length of a table that holds constants."""
+    below = graph.below(table)
+    counts = [n for n in below if graph[n]["op"] == "count"]
+    if any(graph[n]["op"] in ("input", "draw", "variable") for n in below) or not counts:
+        return None
+    sizes = {int(graph[graph[n]["args"][0]]["attrs"]["value"]) for n in counts}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _tabulate_index(graph: Graph, index: int, size: int) -> None:
+    tables: dict[int, int] = {}
+    for node in graph.order():
+        data = graph[node]
+        if data["kind"] != "sample" or node == index or data["op"] in ("draw", "input", "stop"):
+            continue
+        if data["op"] == "pick" and data["args"][1] == index:
+            if _length(graph, data["args"][0]) == size:
+                tables[node] = data["args"][0]
+        elif data["op"] in ELEMENTWISE and any(a in tables for a in data["args"]):
+            args = [_as_table(graph, a, tables, index, size) for a in data["args"]]
+            if None not in args:
+                tables[node] = graph.add(
+                    data["op"], "table", args, data["names"], data["span"], **data["attrs"]
+                )
+    _look_up(graph, tables, index)
+
+
+def _as_table(graph: Graph, arg: int, tables: dict, index: int, size: int) -> int | None:
+    if arg in tables:
+        return tables[arg]
+    if graph[arg]["op"] == "const":
+        return arg
+    if arg == index:
+        count = graph.add("const", "scalar", value=size)
+        return graph.add("count", "table", (count,))
+    return None
+
+
+def _look_up(graph: Graph, tables: dict[int, int], index: int) -> None:
+    """Puts a look-up where a tabulated node is used by one that is not."""
+    for node, table in tables.items():
+        users = [u for u in graph.net.successors(node) if u not in tables]
+        wanted = node in graph.outputs.values()
+        if graph[node]["op"] != "pick" and (users or wanted):
+            new = graph.add("pick", "sample", (table, index), (), graph[node]["span"])
+            graph.replace(node, new)
+
+
+def dedupe(graph: Graph) -> Graph:
+    """Needs: nothing. Ensures: no two nodes compute the same thing, forwards of a net included."""
+    graph = graph.copy()
+    seen: dict[tuple, int] = {}
+    for node in graph.order():
+        data = graph[node]
+        attrs = tuple(sorted((k, type(v), v) for k, v in data["attrs"].items()))
+        key = (data["op"], data["kind"], data["args"], attrs)
+        if key in seen:
+            graph.replace(node, seen[key])
+            graph.remove([node])
+        else:
+            seen[key] = node
+    return graph
+
+
+def share_forwards(graph: Graph) -> Graph:
+    """Needs: dedupe. Ensures: a forward whose inputs differ from another's only by `stop` is that
+    one: stopping an input that needs no gradient changes nothing."""
+    graph = graph.copy()
+    for node in graph.find("stop"):
+        (inner,) = graph[node]["args"]
+        if not any(graph[n]["op"] in TRAINED for n in graph.below(inner)):
+            graph.replace(node, inner)
+            graph.remove([node])
+    return dedupe(graph)
+
+
+def stop_gradients(graph: Graph) -> Graph:
+    """Needs: share_forwards. Ensures: `grad` of a forward says whether a gradient goes through it."""
+    graph = graph.copy()
+    live, stack = set(), list(graph.outputs.values())
+    while stack:
+        node = stack.pop()
+        if node not in live:
+            live.add(node)
+            stack.extend(graph[node]["args"] if graph[node]["op"] != "stop" else ())
+    for node in graph.find("network"):
+        graph[node]["attrs"] = {**graph[node]["attrs"], "grad": node in live}
+    return graph
+
+
+def prune(graph: Graph) -> Graph:
+    """Needs: nothing. Ensures: every node is needed for an output."""
+    graph = graph.copy()
+    graph.remove(set(graph.net) - graph.below(*graph.outputs.values()))
+    return graph
+
+
+def widen(graph: Graph) -> Graph:
+    """Needs: kinds. Ensures: one number per sample is spread over a field in a node of its own."""
+    graph = graph.copy()
+    for node in graph.order():
+        data = graph[node]
+        fields = [a for a in data["args"] if graph[a]["kind"] in ("field", "tokens")]
+        if data["op"] in ELEMENTWISE and data["kind"] in ("field", "tokens") and fields:
+            args = [_wide(graph, a, fields[0]) for a in data["args"]]
+            graph.set_args(node, args)
+    return dedupe(graph)
+
+
+def _wide(graph: Graph, arg: int, like: int) -> int:
+    if graph[arg]["kind"] != "sample":
+        return arg
+    return graph.add("widen", graph[like]["kind"], (arg, like))
+
+
+Pass = Callable[[Graph], Graph]
+PASSES: tuple[Pass, ...] = (
+    bind,
+    cancel,
+    tabulate,
+    dedupe,
+    share_forwards,
+    stop_gradients,
+    prune,
+    widen,
+)
+
+
+def run(graph: Graph, watch: Callable[[str, Graph, Graph], None] | None = None) -> Graph:
+    """The graph after all passes; `watch(name, before, after)` sees each one."""
+    verify(graph, "build")
+    for step in PASSES:
+        after = step(graph)
+        verify(after, step.__name__)
+        if watch is not None:
+            watch(step.__name__, graph, after)
+        graph = after
+    return graph

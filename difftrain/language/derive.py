@@ -1,0 +1,508 @@
+"""Derivation: the term of a quantity, read in a world.
+
+A world says which version each name stands at and which names are replaced. Reading a name means
+evaluating its newest equation in the current world, with one exception: inside `n' = e` the name
+`n` stands one version back. `q(n = value)` derives q again in the world where n is replaced.
+See docs/language.md, "Worlds".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from difftrain.language.algebra import NotLinear, linear
+from difftrain.language.finding import Finding, Label
+from difftrain.language.names import Definition
+from difftrain.language.nearest import nearest
+from difftrain.language.operations import CONSTANTS, LAWS, OPERATIONS, KindError
+from difftrain.language.scope import DERIVED, NETS, Equation, Equations, Scope, own_name
+from difftrain.language.term import Term, const, leaf, make, rebuild, walk, word
+from difftrain.language.tree import (
+    Binary,
+    Call,
+    Expr,
+    Formal,
+    If,
+    Name,
+    Negate,
+    Number,
+    Quantity,
+    Text,
+)
+
+OPS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "^": "pow"}
+OPS |= {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne"}
+INPUTS = {"x0": "field", "cond": "condition", "null": "condition", "step": "scalar"}
+INPUTS |= {"image": "field"}
+STILL = ("r", "cond", "guess", "x0", "eps")  # what `ddt` holds fixed, beside every draw
+ALL = "*"
+
+
+class Problem(Exception):
+    """A finding on its way to the end of the stage."""
+
+    def __init__(self, finding: Finding):
+        self.finding = finding
+        super().__init__(finding.message)
+
+
+@dataclass(frozen=True)
+class World:
+    """`caps`: versions that names stand at; `swaps`: names that are replaced; `plain`: names whose
+    given values are not used (`*` for all)."""
+
+    caps: frozenset = frozenset()
+    swaps: frozenset = frozenset()
+    plain: frozenset = frozenset()
+
+    def cap(self, **versions: int) -> World:
+        return replace(self, caps=frozenset({**dict(self.caps), **versions}.items()))
+
+    def swap(self, values: dict[str, object]) -> World:
+        caps = frozenset((n, v) for n, v in self.caps if n not in values)
+        return replace(self, caps=caps, swaps=frozenset({**dict(self.swaps), **values}.items()))
+
+
+HERE = World()
+
+
+@dataclass(frozen=True, eq=False)
+class Thunk:
+    """An argument that has not been read: its expression and where to read it."""
+
+    value: Expr
+    scope: Scope
+    env: tuple
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A function of the library, with the arguments it has already."""
+
+    definition: Definition
+    bound: dict[str, Thunk]
+    open: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """Where an expression is read: scope, arguments of the functions around it, world."""
+
+    scope: Scope
+    env: dict[str, object]
+    world: World
+
+
+@dataclass(eq=False)
+class Derivation:
+    """Reads quantities of one objective. `given` names are inputs instead of what defines them."""
+
+    equations: Equations
+    given: frozenset[str] = frozenset()
+    times: tuple[str, ...] = ("t",)
+    inputs: tuple[str, ...] = ()
+    memo: dict = field(default_factory=dict)
+    active: list = field(default_factory=list)
+    read_equations: set = field(default_factory=set)
+    read_names: set = field(default_factory=set)
+    depth: int = 0
+
+    # ---- names
+
+    def read(self, name: str, world: World = HERE, at: Expr | None = None) -> Term:
+        """The term of a quantity in a world. Raises Problem."""
+        swaps = dict(world.swaps)
+        if name in swaps:
+            return swaps[name]
+        key = (name, world)
+        if key not in self.memo:
+            if key in self.active:
+                raise Problem(self._cycle(name, at))
+            self.active.append(key)
+            try:
+                self.memo[key] = self._derive(name, world, at)
+            finally:
+                self.active.pop()
+        return self.memo[key]
+
+    def _derive(self, name: str, world: World, at) -> Term:
+        self.read_names.add(name)
+        if name in DERIVED:
+            return self.row(world)[DERIVED.index(name)]
+        versions = self.equations.versions.get(name)
+        if name in INPUTS and not versions:
+            return leaf("input", INPUTS[name], name=name)
+        if not versions:
+            raise Problem(self._nothing(name, at))
+        version = dict(world.caps).get(name, len(versions) - 1)
+        if name in self.given and not {name, ALL} & world.plain:
+            stands = max(
+                (i for i, e in enumerate(versions) if not own_name(e.value, name)), default=0
+            )
+            if version == stands:
+                return leaf("input", self._kind(name), name=name)
+        return self._equation(versions[version], version, world)
+
+    def _equation(self, equation: Equation, version: int, world: World) -> Term:
+        self.read_equations.add(equation)
+        if equation.form == "~":
+            return self._draw(equation, world)
+        inner = world.cap(**{equation.name: version - 1}) if version else world
+        return self.value(equation.value, Frame(equation.scope, {}, inner))
+
+    def _kind(self, name: str) -> str:
+        """The kind a given quantity has: that of its own equation."""
+        return self.read(name, World(plain=frozenset({ALL}))).kind
+
+    def _draw(self, equation: Equation, world: World) -> Term:
+        """A draw is made once a step: its law is read in a world of its own."""
+        law_world = World(plain=world.plain & {ALL}).cap(**equation.before)
+        key = ("~", equation.name, law_world.plain)
+        if key not in self.memo:
+            law = self.value(equation.value, Frame(equation.scope, {}, law_world))
+            self.memo[key] = _name_streams(law, equation.name)
+        return self.memo[key]
+
+    def row(self, world: World) -> tuple[Term, Term]:
+        """(a, b) of `target = a * x0 + b * eps`, from the prediction's own equation."""
+        x0, eps = (leaf("variable", "field", name=n) for n in ("x0", "eps"))
+        inner = world.cap(target=0, flow=0).swap({"x0": x0, "eps": eps})
+        inner = replace(inner, plain=inner.plain | {"target", "flow"})
+        target = self.read("target", inner)
+        try:
+            found = linear(target, frozenset((x0, eps)))
+        except NotLinear as problem:
+            raise Problem(self._not_linear(problem.term)) from None
+        return found.get(x0, const(0)), found.get(eps, const(0))
+
+    # ---- expressions
+
+    def value(self, expr: Expr, frame: Frame):
+        """A term (or a function) for an expression."""
+        match expr:
+            case Number(value=number) | Quantity(value=number):
+                return const(int(number) if number == int(number) else number)
+            case Text(value=text):
+                return leaf("text", "text", value=text)
+            case Negate(value=inner):
+                return self.make("neg", expr, self.number(inner, frame))
+            case Binary(op=op, left=left, right=right):
+                sides = [self.value(e, frame) for e in (left, right)]
+                return self.make(OPS[op], expr, *sides)
+            case If(test=test, then=then, other=other):
+                return self._choice(expr, self.number(test, frame), then, other, frame)
+            case Name(path=path):
+                return self._name(path, expr, frame)
+            case Call():
+                return self._call(expr, frame)
+        raise Problem(self._no_number(expr))
+
+    def number(self, expr: Expr, frame: Frame) -> Term:
+        """The value of an expression that must be a term, not a function left open."""
+        value = self.value(expr, frame)
+        if isinstance(value, Term):
+            return value
+        raise Problem(self._left_open(value, expr))
+
+    def make(self, op: str, expr: Expr, *args) -> Term:
+        for arg in args:
+            if not isinstance(arg, Term):
+                raise Problem(self._left_open(arg, expr))
+        try:
+            return make(op, *args, span=expr.span)
+        except KindError as problem:
+            raise Problem(Finding("DIF121", str(problem), Label(expr.span))) from None
+
+    def _choice(self, expr, test: Term, then, other, frame) -> Term:
+        """Only the side that is taken is read where the test is known while compiling."""
+        if test.op == "const":
+            return self.number(then if test.value else other, frame)
+        return self.make("where", expr, test, *(self.number(e, frame) for e in (then, other)))
+
+    def _name(self, path: tuple[str, ...], expr, frame: Frame):
+        name = ".".join(path)
+        if name in frame.env:
+            return self._force(frame.env[name], frame.world)
+        qualified = self.qualified(path, frame.scope)
+        if qualified is not None:
+            return self.read(qualified, frame.world, expr)
+        if name in CONSTANTS:
+            return const(CONSTANTS[name])
+        if name in NETS:
+            return leaf("module", "module", name=name)
+        parameter = frame.scope.home.find("param", path)
+        if parameter is not None:
+            self.read_equations.add(parameter)
+            return self.value(parameter.node.default, Frame(frame.scope, {}, HERE))
+        function = frame.scope.home.find("function", path)
+        if function is not None:
+            return self._apply(Function(function, {}, _open(function)), (), expr, frame, ())
+        if name in frame.scope.words:
+            return word(name)
+        raise Problem(self._unknown(path, expr, frame))
+
+    def qualified(self, path: tuple[str, ...], scope: Scope) -> str | None:
+        """The quantity that a name means in a scope."""
+        name = ".".join(path)
+        local = scope.locals.get(path[0]) if len(path) == 1 else None
+        for candidate in (local, name):
+            if candidate and (candidate in self.equations.versions or candidate in INPUTS):
+                return candidate
+        return name if name in DERIVED else None
+
+    def _force(self, bound, world: World):
+        if not isinstance(bound, Thunk):
+            return bound
+        return self.value(bound.value, Frame(bound.scope, dict(bound.env), world))
+
+    # ---- calls
+
+    def _call(self, expr: Call, frame: Frame):
+        path, name = expr.path, expr.dotted
+        if name in frame.env:
+            target = self._force(frame.env[name], frame.world)
+        elif self.qualified(path, frame.scope) is not None:
+            target = self._replaced(expr, frame)
+        elif name in SPECIAL:
+            return SPECIAL[name](self, expr, frame)
+        elif name in OPERATIONS:
+            return self.make(name, expr, *self._positional(expr, frame, OPERATIONS[name].arity))
+        elif name in LAWS:
+            return self._law(expr, frame)
+        else:
+            function = frame.scope.home.find("function", path)
+            if function is None:
+                raise Problem(self._unknown(path, expr, frame))
+            target = Function(function, {}, _open(function))
+            return self._apply(target, expr.args, expr, frame, tuple(_formals(function)))
+        return self._apply(target, expr.args, expr, frame, target.open) if isinstance(target, Function) else target
+
+    def _replaced(self, expr: Call, frame: Frame):
+        """`q(n = value)`: q derived again with names replaced; a parameter that is a function is
+        applied instead."""
+        name = self.qualified(expr.path, frame.scope)
+        if any(a.name is None for a in expr.args) or not expr.args:
+            target = self.read(name, frame.world, expr)
+            if isinstance(target, Function):
+                return target
+            raise Problem(self._not_callable(expr))
+        values = {}
+        for argument in expr.args:
+            inner = self.qualified((argument.name,), frame.scope)
+            if inner is None:
+                raise Problem(self._unknown((argument.name,), argument, frame))
+            values[inner] = self.value(argument.value, frame)
+        return self.read(name, frame.world.swap(values), expr)
+
+    def _apply(self, function: Function, args, expr, frame: Frame, places: tuple[str, ...]):
+        """The function on these arguments; a function again while required ones are open. `places`
+        are what arguments by position fill: all in order for a name, the open ones for a value."""
+        formals = _formals(function.definition)
+        free = iter(places)
+        bound = dict(function.bound)
+        for argument in args:
+            name = argument.name or next(free, None)
+            if name not in formals or name in bound:
+                raise Problem(self._bad_argument(function, argument, name))
+            bound[name] = Thunk(argument.value, frame.scope, tuple(frame.env.items()))
+        still = tuple(n for n in function.open if n not in bound)
+        if still:
+            return Function(function.definition, bound, still)
+        self.read_equations.add(function.definition)
+        scope = Scope(function.definition.name, function.definition.home)
+        env = {
+            n: bound[n] if n in bound else Thunk(f.default, scope, ()) for n, f in formals.items()
+        }
+        return self.value(function.definition.node.value, Frame(scope, env, frame.world))
+
+    def _positional(self, expr: Call, frame: Frame, count: int) -> list[Term]:
+        if len(expr.args) != count or any(a.name for a in expr.args):
+            raise Problem(self._arity(expr, count))
+        return [self.number(a.value, frame) for a in expr.args]
+
+    def _law(self, expr: Call, frame: Frame) -> Term:
+        wanted = LAWS[expr.dotted].partition(":")[0].count(",") + 1
+        args = self._positional(expr, frame, wanted)
+        kind = args[0].kind if expr.dotted == "noise" else "sample"
+        return leaf("draw", kind, *args, span=expr.span, law=expr.dotted, name="")
+
+    # ---- what is wrong, in words
+
+    def _cycle(self, name, at) -> Finding:
+        names = [n for n, _ in self.active]
+        chain = [*names[names.index(name) :], name]
+        span = at.span if at is not None else self.equations.versions[name][-1].span
+        text = f"`{name}` is defined by itself: " + " -> ".join(chain)
+        hint = f"`{name}' = …` reads the value it had before"
+        return Finding("DIF122", text, Label(span), help=hint)
+
+    def _nothing(self, name, at) -> Finding:
+        because = "" if name != "target" else "the prediction type says what is compared"
+        slot = {"target": "prediction_type", "alpha": "process", "sigma": "process", "t": "process"}
+        hint = f"add `{slot[name]} = …`" if name in slot else f"define it: `{name} = …`"
+        last = self.equations.versions[self.active[-2][0]][-1] if len(self.active) > 1 else None
+        span = at.span if at is not None else last.span if last else None
+        text = f"nothing here defines `{name}`"
+        return Finding("DIF123", text, Label(span), because=because, help=hint)
+
+    def _unknown(self, path, expr, frame: Frame) -> Finding:
+        name = ".".join(path)
+        local = [*frame.env, *frame.scope.locals, *frame.scope.words]
+        known = [*local, *self.equations.versions, *INPUTS, *NETS, *OPERATIONS, *LAWS, *SPECIAL]
+        close = nearest(name, [*known, *frame.scope.home.known("function")])
+        span = expr.head if isinstance(expr, Call) else expr.span
+        hint = f"write `{close}`" if close else "define it here, or add it as a parameter"
+        return Finding("DIF120", f"there is no `{name}`", Label(span), help=hint)
+
+    def _not_linear(self, term: Term) -> Finding:
+        equation = self.equations.versions["target"][0]
+        return Finding(
+            "DIF202",
+            "the target is not a multiple of `x0` plus a multiple of `eps`",
+            Label(term.span or equation.span),
+            because="clean data and noise are recovered by solving two linear equations",
+            help="write `target = a * x0 + b * eps`, and what bends it as `target' = …`",
+        )
+
+    def _no_number(self, expr) -> Finding:
+        return Finding("DIF124", f"`{expr.span.text}` is not a number here", Label(expr.span))
+
+    def _left_open(self, function: Function, expr) -> Finding:
+        names = ", ".join(f"`{n}`" for n in function.open)
+        title = function.definition.name
+        text = f"`{title}` still needs {names}"
+        return Finding("DIF125", text, Label(expr.span), help=f"write `{title}({function.open[0]} = …)`")
+
+    def _not_callable(self, expr: Call) -> Finding:
+        name = expr.dotted
+        return Finding(
+            "DIF126",
+            f"`{name}` is a quantity, not a function",
+            Label(expr.span),
+            help=f"`{name}(t = …)` derives it again with a name replaced",
+        )
+
+    def _bad_argument(self, function: Function, argument, name) -> Finding:
+        title = function.definition.name
+        formals = [f.name for f in function.definition.node.formals]
+        if name in formals:
+            text = f"`{name}` of `{title}` is given twice"
+        elif argument.name:
+            text = f"`{title}` has no argument `{argument.name}`"
+        else:
+            text = f"`{title}` takes {len(formals)} argument{'s' * (len(formals) != 1)}"
+        close = nearest(argument.name or "", formals)
+        hint = f"write `{close}`" if close else f"it is `{title}({', '.join(formals)})`"
+        return Finding("DIF111", text, Label(argument.span), help=hint)
+
+    def _arity(self, expr: Call, count: int) -> Finding:
+        text = f"`{expr.dotted}` takes {count} argument{'s' * (count != 1)} by position"
+        return Finding("DIF111", text, Label(expr.span))
+
+
+def _formals(definition: Definition) -> dict[str, Formal]:
+    return {f.name: f for f in definition.node.formals}
+
+
+def _open(definition: Definition) -> tuple[str, ...]:
+    return tuple(f.name for f in definition.node.formals if f.default is None)
+
+
+def _name_streams(law: Term, name: str) -> Term:
+    """The law with its nameless base draws named after the draw: `t`, `t.1`, `t.2`, ..."""
+    count = 0
+    names: dict[Term, str] = {}
+    for term in walk(law):
+        if term.op == "draw" and not term["name"]:
+            names[term] = name if count == 0 else f"{name}.{count}"
+            count += 1
+
+    def change(term: Term, args):
+        if term not in names:
+            return None
+        return leaf("draw", term.kind, *args, span=term.span, law=term["law"], name=names[term])
+
+    return rebuild(law, change)
+
+
+# ---- forms that are more than functions
+
+
+def _again(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`again(q)`: the law of q with streams of its own."""
+    (argument,) = expr.args
+    world = replace(frame.world, plain=frozenset({ALL}))
+    law = self.number(argument.value, Frame(frame.scope, frame.env, world))
+
+    def fresh(term: Term, args):
+        if term.op == "draw":
+            return leaf("draw", term.kind, *args, span=expr.span, law=term["law"], name="")
+
+    return rebuild(law, fresh)
+
+
+def _dot(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`dot(e)`: the derivative in t, nothing else moving."""
+    from difftrain.language.calculus import NoDerivative, derivative
+
+    (argument,) = expr.args
+    t = self.read("t", frame.world, expr)
+    moving = leaf("variable", "sample", name="t")
+    inner = Frame(frame.scope, frame.env, frame.world.swap({"t": moving}))
+    value = self.number(argument.value, inner)
+    try:
+        slope = derivative(value, moving)
+    except NoDerivative as problem:
+        raise Problem(
+            Finding(
+                "DIF201",
+                f"`{expr.span.text}` has no value: {problem}",
+                Label(expr.span),
+                because="the path of a discrete process is a table of steps, not a curve",
+                help="use a continuous process such as `linear`, or another prediction type",
+            )
+        ) from None
+    return rebuild(slope, lambda term, args: t if term is moving else None)
+
+
+def _ddt(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`ddt(e)`: forward-mode derivative of e, t moving with 1 and xt with `flow`."""
+    (argument,) = expr.args
+    self.depth += 1
+    names = ("t", "xt")
+    at = [self.read(n, frame.world, expr) for n in names]
+    moving = [
+        leaf("variable", a.kind, name=f"{n}.{self.depth}") for n, a in zip(names, at, strict=True)
+    ]
+    held = {
+        n: self.read(n, frame.world)
+        for n in STILL
+        if n in self.equations.versions or n in ("x0", "cond")
+    }
+    world = frame.world.swap({**held, **dict(zip(names, moving, strict=True))})
+    body = self.number(argument.value, Frame(frame.scope, frame.env, world))
+    flow = self.read("flow", frame.world, expr)
+    self.depth -= 1
+    return leaf("jvp", body.kind, body, *moving, *at, const(1), flow, span=expr.span)
+
+
+def _network(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`network(x, tau, cond)` of the current net, with its further times and inputs."""
+    x, tau, cond = self._positional(expr, frame, 3)
+    read = lambda n: self.read(n, frame.world, expr)  # noqa: E731
+    extra = [self.read("c_noise", frame.world.swap({"t": read(n)}), expr) for n in self.times[1:]]
+    extra += [read(n) for n in self.inputs]
+    names = (*self.times[1:], *self.inputs)
+    return leaf(
+        "network", "field", read("net"), x, tau, cond, read("dropout"), *extra,
+        span=expr.span, extras=names,
+    )  # fmt: skip
+
+
+SPECIAL: dict[str, Callable] = {
+    "again": _again,
+    "dot": _dot,
+    "ddt": _ddt,
+    "network": _network,
+}

@@ -1,0 +1,124 @@
+"""The options of a run: what `data`, `train` and `sample` may say, as `specs/std/run.diff` lists it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from difftrain.language.derive import HERE, Derivation, Frame, Problem
+from difftrain.language.finding import Finding, Fix, Label
+from difftrain.language.names import Names, standard
+from difftrain.language.nearest import nearest
+from difftrain.language.scope import Equations, Scope, choices
+from difftrain.language.tree import Block, Define, Expr, Formal, Quantity, Span
+from difftrain.language.values import check_domain, read_value
+
+FUNCTIONS_OF_STEP = ("ema",)  # options that are an expression in `step`
+MULTIPLIERS = ("k", "M", "G")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One block of options: every option has a value; `written` holds where the spec says so."""
+
+    kind: str
+    values: Mapping[str, object]
+    written: Mapping[str, Span]
+    span: Span | None = None
+
+    def __getitem__(self, name: str):
+        return self.values[name]
+
+
+def schema(kind: str) -> dict[str, tuple[Formal, Names]]:
+    """The options of a block, from the library."""
+    for names in standard():
+        if ("options", kind) in names.own:
+            return {f.name: (f, names) for f in names.own["options", kind].node.formals}
+    return {}
+
+
+def defaults(kind: str) -> Run:
+    """The block as if it were written empty."""
+    found: list[Finding] = []
+    scope = {n: Scope("", home) for n, (_, home) in schema(kind).items()}
+    values = {n: _read(n, f.default, scope[n], f, found) for n, (f, _) in schema(kind).items()}
+    return Run(kind, values, {})
+
+
+def read_run(block: Block, names: Names, found: list[Finding]) -> Run:
+    """The options of a block, with defaults for those it leaves out."""
+    options = schema(block.kind)
+    if not options:
+        found.append(_not_read(block))
+        return Run(block.kind, {}, {}, block.head)
+    values = dict(defaults(block.kind).values)
+    written: dict[str, Span] = {}
+    for node in block.body:
+        if not isinstance(node, Define) or node.formals is not None:
+            found.append(_no_option(node, block.kind))
+        elif node.name not in options:
+            found.append(_unknown(node, block.kind, list(options)))
+        elif node.name in written:
+            first = Label(written[node.name], "here already")
+            text = f"`{node.name}` is set twice"
+            found.append(Finding("DIF142", text, Label(node.head), (first,), help="set it once"))
+        else:
+            formal = options[node.name][0]
+            written[node.name] = node.span
+            values[node.name] = _read(node.name, node.value, Scope("", names), formal, found)
+    return Run(block.kind, values, written, block.head)
+
+
+def _read(name: str, expr: Expr, scope: Scope, formal: Formal, found: list[Finding]):
+    _check_unit(expr, formal, found)
+    if name in FUNCTIONS_OF_STEP:
+        return _function_of_step(expr, scope, found)
+    before = len(found)
+    value = read_value(expr, scope, Equations(), found, choices(formal))
+    if len(found) == before:
+        check_domain(formal, expr, value, found)
+    return value
+
+
+def _function_of_step(expr: Expr, scope: Scope, found: list[Finding]):
+    try:
+        return Derivation(Equations()).number(expr, Frame(scope, {}, HERE))
+    except Problem as problem:
+        found.append(problem.finding)
+        return None
+
+
+def _check_unit(expr: Expr, formal: Formal, found: list[Finding]) -> None:
+    if not isinstance(expr, Quantity) or expr.unit in MULTIPLIERS:
+        return
+    wanted = formal.default.unit if isinstance(formal.default, Quantity) else None
+    if expr.unit != wanted:
+        hint = f"write it in `{wanted}`" if wanted not in (None, *MULTIPLIERS) else "leave out the unit"
+        text = f"`{formal.name}` is not counted in `{expr.unit}`"
+        found.append(Finding("DIF143", text, Label(expr.span), help=hint))
+
+
+def _unknown(node: Define, kind: str, known: list[str]) -> Finding:
+    close = nearest(node.name, known)
+    other = next((k for k in ("data", "train", "sample") if node.name in schema(k)), None)
+    listed = "it has " + ", ".join(f"`{n}`" for n in known)
+    hint = f"write `{close}`" if close else f"it belongs in `{other}`" if other else listed
+    fix = Fix(node.head, close) if close else None
+    text = f"`{kind}` has no option `{node.name}`"
+    return Finding("DIF140", text, Label(node.head), help=hint, fix=fix)
+
+
+def _no_option(node, kind: str) -> Finding:
+    text = f"`{kind}` holds options, and this is none"
+    return Finding("DIF141", text, Label(node.span), help="write `option = value`")
+
+
+def _not_read(block: Block) -> Finding:
+    return Finding(
+        "DIF144",
+        f"nothing reads a `{block.kind}` block",
+        Label(block.head),
+        because="an option that reaches nothing is a mistake that says nothing",
+        help="leave the block out",
+    )

@@ -1,0 +1,19 @@
+"""A part: a module that a spec declares, as a value that needs no tensor library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which builder of `difftrain.models` makes a module, and with what.
+
+    `kind` is "backbone", "encoder" or "codec"; options are numbers, strings, bools, tuples and
+    nested parts.
+    """
+
+    kind: str
+    module: str
+    options: Mapping[str, object]

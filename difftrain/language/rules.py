@@ -1,0 +1,3 @@
+"""The rules: what a declared objective must satisfy, one function each."""
+
+RULES = ()

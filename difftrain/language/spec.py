@@ -1,0 +1,227 @@
+"""The typed spec: objectives with their equations and parts, and the options of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from difftrain.language.derive import Derivation, Problem
+from difftrain.language.finding import Finding, Label, SpecError
+from difftrain.language.names import RUN_KINDS, Names, collect, standard
+from difftrain.language.options import Run, read_run
+from difftrain.language.part import Part
+from difftrain.language.scope import (
+    GIVEN,
+    OPEN,
+    Equations,
+    Scope,
+    Use,
+    add_statements,
+    add_use,
+)
+from difftrain.language.syntax import parse
+from difftrain.language.term import Term
+from difftrain.language.tree import (
+    Block,
+    Define,
+    Draw,
+    Expr,
+    ListOf,
+    Redefine,
+    Source,
+    Span,
+    Tree,
+)
+from difftrain.language.values import read_part, use_of
+
+SLOTS = {"process": "process", "prediction_type": "prediction", "strategy": "strategy"}
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """The network of an objective: which module, what it reads besides xt, where it was written."""
+
+    part: Part
+    times: tuple[str, ...]
+    inputs: tuple[str, ...]
+    uses: tuple[Use, ...]
+
+
+@dataclass(eq=False)
+class Objective:
+    """One objective: its equations, and the parts that it trains."""
+
+    name: str
+    block: Block
+    names: Names
+    equations: Equations
+    slots: Mapping[str, tuple[Use, ...]]
+    backbone: Backbone | None
+
+    def derivation(self, given=()) -> Derivation:
+        """A fresh derivation; `given` names are inputs."""
+        times, inputs = (self.backbone.times, self.backbone.inputs) if self.backbone else (("t",), ())
+        return Derivation(self.equations, frozenset(given), times, inputs)
+
+    def quantity(self, name: str) -> Term:
+        """The term of a quantity, after all redefinitions. Raises SpecError."""
+        try:
+            return self.derivation().read(name)
+        except Problem as problem:
+            raise SpecError([problem.finding]) from None
+
+
+@dataclass(eq=False)
+class Spec:
+    """A whole file, checked."""
+
+    path: str
+    tree: Tree
+    names: Names
+    objectives: Mapping[str, Objective]
+    runs: Mapping[str, Run]
+    settings: Mapping[str, str] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+
+    def objective(self, name: str | None = None) -> Objective:
+        """The objective of that name, or the only one. Raises SpecError."""
+        if name is None and len(self.objectives) == 1:
+            return next(iter(self.objectives.values()))
+        if name in self.objectives:
+            return self.objectives[name]
+        listed = ", ".join(f"`{n}`" for n in self.objectives) or "none"
+        start = Label(_top(self.tree))
+        if name is None:
+            text = f"this file has {len(self.objectives)} objectives, and one is needed"
+        else:
+            text = f"there is no objective `{name}`"
+        raise SpecError([Finding("DIF105", text, start, help=f"there are {listed}: name one")])
+
+    @cached_property
+    def text(self) -> str:
+        return self.tree.source.text
+
+
+def _top(tree: Tree):
+    line_end = len(tree.source.line(1)) if tree.source.text else 0
+    return Span(tree.source, 0, line_end)
+
+
+def build(tree: Tree, names: Names, found: list[Finding]) -> Spec:
+    """The typed spec of a tree; what is wrong is appended to `found`."""
+    objectives = {}
+    runs = {}
+    for node in tree.body:
+        if not isinstance(node, Block):
+            continue
+        if node.kind == "objective":
+            objectives[node.name or ""] = build_objective(node, names, found)
+        elif node.kind in RUN_KINDS:
+            runs[node.kind] = read_run(node, names, found)
+    return Spec(tree.source.path, tree, names, objectives, runs)
+
+
+def build_objective(block: Block, names: Names, found: list[Finding]) -> Objective:
+    """An objective: the prelude, its process and prediction, its own statements, its strategies."""
+    equations = Equations()
+    scope = Scope("", names)
+    equations.scopes[""] = scope
+    prelude = next(n.own["prelude", ""] for n in standard() if ("prelude", "") in n.own)
+    base = [s for s in prelude.node.body if isinstance(s, (Define, Draw))]
+    equations.quantities = {s.name for s in base} | {*GIVEN, *OPEN}
+    add_statements(equations, base, Scope("", prelude.home), found, "base")
+    slots, body = _split(block)
+    uses = {slot: _uses(slots[slot], kind, scope, found) for slot, kind in SLOTS.items() if slot in slots}
+    for use in (*uses.get("process", ()), *uses.get("prediction_type", ())):
+        add_use(equations, use, found, "base")
+    add_statements(equations, body, scope, found, "base")
+    for use in uses.get("strategy", ()):
+        add_use(equations, use, found, "strategy")
+    for slot in ("process", "prediction_type", "backbone"):
+        if slot not in slots:
+            found.append(_no_slot(block, slot))
+    backbone = None
+    if "backbone" in slots:
+        backbone = _backbone(slots["backbone"].value, equations, scope, found)
+    return Objective(block.name or "", block, names, equations, uses, backbone)
+
+
+def _split(block: Block) -> tuple[dict[str, Define], list]:
+    """The slots of an objective, and its other statements."""
+    wanted = (*SLOTS, "backbone")
+    slots = {s.name: s for s in block.body if isinstance(s, Define) and s.name in wanted}
+    return slots, [s for s in block.body if not (isinstance(s, Define) and s.name in wanted)]
+
+
+EXAMPLES = {"process": "linear", "prediction_type": "flow", "backbone": "custom"}
+
+
+def _no_slot(block: Block, slot: str) -> Finding:
+    title = f"objective `{block.name}`" if block.name else "this objective"
+    return Finding(
+        "DIF110",
+        f"{title} does not say its `{slot}`",
+        Label(block.head),
+        help=f"add `{slot} = {EXAMPLES[slot]}`, or what you want there",
+    )
+
+
+def _uses(slot: Define, kind: str, scope: Scope, found: list[Finding]) -> tuple[Use, ...]:
+    """The blocks that a slot puts to use, left to right."""
+    items = slot.value.items if isinstance(slot.value, ListOf) else (slot.value,)
+    if kind != "strategy" and len(items) != 1:
+        found.append(Finding("DIF116", f"`{slot.name}` is one {kind}", Label(slot.value.span)))
+    uses: dict[str, Use] = {}
+    for item in items:
+        use = use_of(item, kind, scope, found)
+        if use is None:
+            continue
+        if use.label in uses:
+            again = Label(uses[use.label].call.span, "here already")
+            text = f"`{use.definition.name}` is listed twice"
+            found.append(Finding("DIF117", text, Label(item.span), (again,), help="list it once"))
+            continue
+        uses[use.label] = use
+    return tuple(uses.values())
+
+
+# ---- backbone
+
+
+def _backbone(value: Expr, equations: Equations, scope: Scope, found) -> Backbone | None:
+    use = use_of(value, "backbone", scope, found)
+    if use is None:
+        return None
+    uses: list[Use] = []
+    part = read_part(use, equations, found, uses)
+    options = dict(part.options)
+    times, inputs = options.pop("times", ("t",)), options.pop("inputs", ())
+    part = Part(part.kind, part.module, options)
+    return Backbone(part, tuple(times), tuple(inputs), tuple(uses))
+
+
+# ---- reading a file
+
+
+def read_source(source: Source, found: list[Finding], settings: Mapping | None = None) -> Spec:
+    """The typed spec of a source text, with settings (`--set`) applied first."""
+    tree = parse(source, found)
+    if settings:
+        from difftrain.language.settings import apply_settings
+
+        tree = apply_settings(tree, settings, found)
+    names = collect(tree, found)
+    spec = build(tree, names, found)
+    spec.settings = {k: str(v) for k, v in (settings or {}).items()}
+    return spec
+
+
+def read_text(path: str | Path) -> Source:
+    """The source of a file; bytes that are not text become what the parser calls a binary file."""
+    data = Path(path).read_bytes()
+    return Source(str(path), data.decode("utf-8", errors="replace").replace("\r\n", "\n"))
+
+
+__all__ = ["Backbone", "Objective", "Redefine", "Spec", "build", "read_source"]

@@ -1,0 +1,184 @@
+"""Values of slots and options: numbers, texts, words, lists and parts, read while compiling."""
+
+from __future__ import annotations
+
+from difftrain.language.derive import HERE, Derivation, Frame, Problem
+from difftrain.language.finding import Finding, Label
+from difftrain.language.names import Names
+from difftrain.language.nearest import nearest
+from difftrain.language.part import Part
+from difftrain.language.scope import Equations, Scope, Use, bind, choices, formals
+from difftrain.language.tree import (
+    Call,
+    Define,
+    Expr,
+    Formal,
+    Interval,
+    ListOf,
+    Name,
+    Negate,
+    Number,
+    Quantity,
+    Text,
+)
+
+PART_KINDS = ("backbone", "encoder", "codec", "source", "optimizer", "solver")
+
+
+def use_of(item: Expr, kind: str, scope: Scope, found: list[Finding]) -> Use | None:
+    """What `name` or `name(args)` puts to use, or None with a finding."""
+    if not isinstance(item, (Name, Call)):
+        text = f"`{item.span.text}` is not a {kind}"
+        found.append(Finding("DIF118", text, Label(item.span), help=f"write the name of a {kind}"))
+        return None
+    definition = scope.home.find(kind, item.path)
+    if definition is None:
+        found.append(_unknown(item, kind, scope.home))
+        return None
+    label = kind if kind in ("process", "prediction") else definition.name
+    return Use(definition, label, item, scope)
+
+
+SYNONYMS = {
+    "velocity": "flow` or `v_prediction",
+    "v": "v_prediction",
+    "eps": "epsilon",
+    "noise": "epsilon",
+    "x0": "sample",
+    "x_start": "sample",
+    "rectified_flow": "linear",
+    "rf": "linear",
+    "cosine": "ddpm(beta = cosine)",
+}
+
+
+def _unknown(item: Name | Call, kind: str, names: Names) -> Finding:
+    known = names.known(kind)
+    close = SYNONYMS.get(item.dotted) if kind in ("process", "prediction") else None
+    close = close or nearest(item.dotted, known)
+    span = item.head if isinstance(item, Call) else item.span
+    listed = ", ".join(f"`{n}`" for n in known)
+    hint = f"write `{close}`" if close else f"there are {listed}" if known else ""
+    if kind in PART_KINDS and len(item.path) > 1 and item.path[0] not in names.spaces:
+        hint = f"add `import std.{item.path[0]}` at the top of the file"
+    return Finding("DIF119", f"there is no {kind} `{item.dotted}`", Label(span), help=hint)
+
+
+# ---- parts
+
+
+def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[Use]) -> Part:
+    """The part that a use of a backbone, encoder or codec block declares."""
+    definition = use.definition
+    uses.append(use)
+    options: dict[str, object] = {}
+    domains = formals(definition)
+    for name, (expr, where) in bind(use, found).items():
+        words = choices(domains[name][0])
+        options[name] = read_value(expr, where, equations, found, words, uses)
+        check_domain(domains[name][0], expr, options[name], found)
+    module = definition.name
+    for node in definition.node.body:
+        if isinstance(node, Define) and node.name == "module":
+            module = node.value.dotted
+        elif isinstance(node, Define):
+            local = Scope(use.label, definition.home, {n: n for n in options})
+            options[node.name] = read_value(node.value, local, equations, found, (), uses)
+    return Part(definition.kind, module, options)
+
+
+def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None):
+    """The plain value of an option: number, text, word, list, name of a quantity, or part."""
+    uses = [] if uses is None else uses
+    match expr:
+        case ListOf(items=items):
+            return tuple(read_value(i, scope, equations, found, words, uses) for i in items)
+        case Text(value=value):
+            return value
+        case Number(value=value) | Quantity(value=value):
+            return int(value) if value == int(value) else value
+        case Negate(value=Number(value=value)):
+            return -value
+        case Name(path=("true",)):
+            return True
+        case Name(path=("false",)):
+            return False
+        case Name() if expr.dotted in words:
+            return expr.dotted
+        case Name() | Call():
+            for kind in PART_KINDS:
+                if scope.home.find(kind, expr.path) is not None:
+                    return read_part(use_of(expr, kind, scope, found), equations, found, uses)
+            if isinstance(expr, Name):
+                parameter = scope.home.find("param", expr.path)
+                if parameter is not None:
+                    return read_value(parameter.node.default, scope, equations, found)
+                if _is_quantity(expr.dotted, equations):
+                    return expr.dotted
+            found.append(_unknown_part(expr, scope.home))
+            return None
+    return _number(expr, scope, equations, found)
+
+
+def _is_quantity(name: str, equations: Equations) -> bool:
+    return name in equations.versions or name in equations.quantities
+
+
+def _unknown_part(expr, names: Names) -> Finding:
+    known = [n for kind in PART_KINDS for n in names.known(kind)]
+    close = nearest(expr.dotted, known)
+    hint = f"write `{close}`" if close else ""
+    if len(expr.path) > 1 and expr.path[0] not in names.spaces:
+        hint = f"add `import std.{expr.path[0]}` at the top of the file"
+    span = expr.head if isinstance(expr, Call) else expr.span
+    return Finding("DIF119", f"there is no part `{expr.dotted}`", Label(span), help=hint)
+
+
+def _number(expr: Expr, scope: Scope, equations: Equations, found: list[Finding]):
+    """The number of a constant expression."""
+    try:
+        term = Derivation(equations).number(expr, Frame(scope, {}, HERE))
+    except Problem as problem:
+        found.append(problem.finding)
+        return None
+    if term.op == "const":
+        return term.value
+    text = f"`{expr.span.text}` must be known when the spec is compiled"
+    found.append(Finding("DIF127", text, Label(expr.span), help="write a number"))
+    return None
+
+
+def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> None:
+    """A finding where the value is outside what the parameter may be."""
+    domain = formal.domain
+    if domain is None or value is None:
+        return
+    if isinstance(domain, ListOf):
+        allowed = [i.dotted if isinstance(i, Name) else getattr(i, "value", None) for i in domain.items]
+        if value not in allowed:
+            listed = ", ".join(f"`{a}`" for a in allowed)
+            close = nearest(str(value), [str(a) for a in allowed])
+            hint = f"write `{close}`" if close else f"it may be {listed}"
+            text = f"`{formal.name}` cannot be `{expr.span.text}`"
+            found.append(Finding("DIF131", text, Label(expr.span), help=hint))
+    elif isinstance(domain, Interval) and isinstance(value, (int, float)):
+        low, high = (_plain(e) for e in (domain.low, domain.high))
+        if not low <= value <= high:
+            found.append(_outside(formal.name, expr, value, domain))
+
+
+def _plain(expr: Expr) -> float:
+    return -expr.value.value if isinstance(expr, Negate) else expr.value
+
+
+def _outside(name: str, expr: Expr, value, domain: Interval) -> Finding:
+    written = expr.span.text
+    shown = f"`{written}`" if written == str(value) else f"`{written}`, which is {value},"
+    return Finding(
+        "DIF130",
+        f"`{name}` cannot be {shown.rstrip(',')}",
+        Label(expr.span),
+        (Label(domain.span, "its range"),),
+        because=f"`{name}` is between {domain.low.span.text} and {domain.high.span.text}",
+        help=f"choose a value in {domain.span.text}",
+    )

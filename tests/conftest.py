@@ -1,0 +1,66 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import difftrain
+from difftrain.compiler.objective import Objective
+from difftrain.language.check import check
+from difftrain.language.tree import Source
+
+SHAPE = (2, 1, 2, 2)
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict:
+    """Reference numbers: see tests/README.md."""
+    return json.loads((Path(__file__).parent / "golden.json").read_text())
+
+
+@pytest.fixture
+def x0():
+    return torch.arange(8, dtype=torch.float64).sin().reshape(SHAPE)
+
+
+@pytest.fixture
+def eps():
+    return torch.arange(8, dtype=torch.float64).cos().reshape(SHAPE)
+
+
+def wide(t: torch.Tensor) -> torch.Tensor:
+    return t.double().reshape(-1, 1, 1, 1)
+
+
+def student(x, t, cond=None, r=None):
+    """F(x, tau) = 0.30 x + 0.10 tau (+ 0.05 r)."""
+    out = 0.30 * x + 0.10 * wide(t)
+    return out if r is None else out + 0.05 * wide(r)
+
+
+def on_index(network, count: int = 1000):
+    """The network of a discrete process: it receives the index and divides it by `count`."""
+    return lambda x, t, cond=None: network(x, t.double() / count, cond)
+
+
+def spec_of(body: str, name: str = "o"):
+    """The checked spec of one objective with this body."""
+    text = f"diff 1\nobjective {name} {{\n{body}\nbackbone = custom\n}}\n"
+    spec, found = check(Source("test.diff", text))
+    if errors := [f for f in found if f.severity == "error"]:
+        raise difftrain.SpecError(errors)
+    return spec
+
+
+def declare(body: str, network=student) -> Objective:
+    """The objective with this body around a network."""
+    return difftrain.objective(spec_of(body), network)
+
+
+def near(value, expected, tolerance: float = 1e-9):
+    """Asserts that a tensor holds the expected numbers."""
+    value = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value)
+    expected = torch.tensor(expected, dtype=torch.float64).reshape(-1)
+    gap = (value.double().reshape(-1) - expected).abs().max().item()
+    assert gap <= tolerance and not math.isnan(gap), (value.reshape(-1), expected)

@@ -1,0 +1,131 @@
+"""Numbers of independent implementations, in float64, through `objective.evaluate`."""
+
+import pytest
+import torch
+from conftest import declare, near, on_index, student
+
+DDPM = "process = ddpm(beta = {beta}, steps = 1000{more})\nprediction_type = {prediction}"
+NAMES = {"a": "alpha", "s": "sigma", "x_t": "xt", "target": "target", "pred": "pred", "loss_b": "loss"}
+
+
+def index(*values):
+    return torch.tensor(values)
+
+
+def agree(objective, entry, given, names=NAMES):
+    """Every number of the entry that the language has a name for."""
+    wanted = {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry}
+    assert "loss" in wanted
+    values = objective.evaluate(tuple(wanted), given)
+    for name, expected in wanted.items():
+        near(values[name], expected)
+    near(values["loss"].mean(), entry["loss"])
+
+
+@pytest.mark.parametrize("beta", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_ddpm(golden, x0, eps, beta, prediction):
+    entry = golden.get(f"ddpm.{beta}.{prediction}")
+    body = DDPM.format(beta=beta, more="", prediction=prediction)
+    objective = declare(body, on_index(student))
+    given = {"x0": x0, "eps": eps, "t": index(200, 700)}
+    if entry is not None:
+        agree(objective, entry, given)
+    else:  # not among the references: the same loss by hand
+        values = objective.evaluate(("loss", "pred", "target"), given)
+        by_hand = (values["pred"] - values["target"]).square().mean((1, 2, 3))
+        near(values["loss"], by_hand.tolist())
+
+
+@pytest.mark.parametrize("beta", ["linear", "scaled_linear", "cosine", "scaled_linear_ztsnr"])
+def test_levels(golden, beta):
+    zero = beta.endswith("_ztsnr")
+    more = ", terminal_snr = zero" if zero else ""
+    body = DDPM.format(beta=beta.removesuffix("_ztsnr"), more=more, prediction="v_prediction")
+    levels = declare(body).alphas_cumprod
+    rows = torch.tensor(golden["schedules.index"]["values"]).long()
+    near(levels[rows], golden[f"schedules.alphas_cumprod.{beta}"]["values"])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_min_snr(golden, x0, eps, prediction):
+    body = DDPM.format(beta="scaled_linear", more="", prediction=prediction)
+    objective = declare(body + "\nstrategy = min_snr(5)", on_index(student))
+    entry = golden[f"min_snr_gamma5.{prediction}"]
+    agree(objective, entry, {"x0": x0, "eps": eps, "t": index(50, 700)}, NAMES | {"snr": "snr"})
+
+
+def test_p2(golden, x0, eps):
+    body = DDPM.format(beta="scaled_linear", more="", prediction="epsilon")
+    objective = declare(body + "\nstrategy = p2(k = 1, g = 1)", on_index(student))
+    agree(objective, golden["p2_k1_gamma1.epsilon"], {"x0": x0, "eps": eps, "t": index(50, 700)})
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_one_weight_carried_to_each_prediction(golden, x0, eps, prediction):
+    body = DDPM.format(beta="scaled_linear", more="", prediction=prediction)
+    objective = declare(body + "\nfit' = mse(eps_hat, eps)", on_index(student))
+    entry = golden[f"omega_eps_1.{prediction}"]
+    agree(objective, entry, {"x0": x0, "eps": eps, "t": index(50, 700)})
+
+
+def test_dream(golden, x0, eps):
+    body = DDPM.format(beta="scaled_linear", more="", prediction="epsilon")
+    objective = declare(body + "\nstrategy = dream(p = 1)", on_index(student))
+    names = {"x_t": "xt@0", "x_t_new": "xt", "target_new": "target", "eps_hat": "eps_hat@0"}
+    entry = golden["dream_p1.epsilon.scaled_linear"]
+    given = {"x0": x0, "eps": eps, "t": index(200, 700)}
+    agree(objective, entry, given, names | {"pred": "pred", "loss_b": "loss"})
+
+
+def test_offset_noise(golden, x0, eps):
+    body = DDPM.format(beta="scaled_linear", more="", prediction="epsilon")
+    objective = declare(body + "\nstrategy = offset_noise(0.1)", on_index(student))
+    level = torch.tensor([100.0, 101.0], dtype=torch.float64).cos().reshape(2, 1, 1, 1)
+    given = {"x0": x0, "eps": eps, "t": index(200, 700), "offset_noise.level": level}
+    agree(objective, golden["offset_noise_0.1.epsilon.scaled_linear"], given)
+
+
+FLOW = torch.tensor([0.3, 0.7], dtype=torch.float64)
+
+
+def test_flow(golden, x0, eps):
+    objective = declare("process = linear\nprediction_type = flow")
+    agree(objective, golden["flow.linear.velocity"], {"x0": x0, "eps": eps, "t": FLOW})
+
+
+def test_flow_with_noise_prediction(golden, x0, eps):
+    objective = declare("process = linear\nprediction_type = epsilon")
+    agree(objective, golden["flow.linear.epsilon"], {"x0": x0, "eps": eps, "t": FLOW})
+
+
+def test_flow_weighted_by_clean_data(golden, x0, eps):
+    objective = declare("process = linear\nprediction_type = flow\nfit' = mse(x0_hat, x0)")
+    entry = golden["flow.linear.velocity.x0_space(sd3_precondition)"]
+    agree(objective, entry, {"x0": x0, "eps": eps, "t": FLOW})
+
+
+def test_conversions(golden, x0, eps):
+    objective = declare("process = linear\nprediction_type = flow")
+    values = objective.evaluate(("x0_hat", "eps_hat", "score_hat"), {"x0": x0, "eps": eps, "t": FLOW})
+    entry = golden["flow.linear.conversions"]
+    for ours, theirs in (("x0_hat", "x0"), ("eps_hat", "eps"), ("score_hat", "score")):
+        near(values[ours], entry[theirs])
+
+
+@pytest.mark.parametrize(
+    ("loss", "key", "factor"),
+    [
+        ("huber(pred, target, 0.1)", "torch_huber_delta", 1),
+        ("huber(pred, target, 0.1) / 0.1", "torch_smooth_l1_beta", 1),
+        ("pseudo_huber(pred, target, 0.1)", "pseudo_huber_elementwise", 1),
+        ("0.2 * pseudo_huber(pred, target, 0.1)", "diffusers_huber", 1),
+        ("2 * pseudo_huber(pred, target, 0.1)", "diffusers_smooth_l1", 1),
+        ("pseudo_huber_norm(pred, target, 0.1)", "pseudo_huber_vector", 1),
+    ],
+)
+def test_robust_losses(golden, x0, eps, loss, key, factor):
+    body = DDPM.format(beta="scaled_linear", more="", prediction="epsilon")
+    objective = declare(f"{body}\nfit' = {loss}", on_index(student))
+    values = objective.evaluate(("loss",), {"x0": x0, "eps": eps, "t": index(200, 700)})
+    near(values["loss"], golden["robust_losses.epsilon.scaled_linear"][key])
