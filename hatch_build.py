@@ -12,7 +12,8 @@ class ParserTables(BuildHookInterface):
     """Writes difftrain/grammars/diff.json from grammars/diff.lark."""
 
     def initialize(self, version: str, build_data: dict) -> None:
-        if version == "editable":  # a checkout may change its grammar; it is compiled when read
+        # A checkout may change its grammar, so there it is compiled when it is read.
+        if version == "editable" or self.target_name != "wheel":
             return
         sys.path.insert(0, str(ROOT))
         from difftrain.language.lexing import tables

@@ -240,6 +240,8 @@ def test_lines_are_tidy(text):
         ("p { a = 1\n}", "p {\n  a = 1\n}\n"),
         ("p { a = 1\n bb = 2 }", "p {\n  a  = 1\n  bb = 2\n}\n"),
         ("p { a = 1\n\n bb = 2 }", "p {\n  a = 1\n\n  bb = 2\n}\n"),
+        ("a = f(b # one\n# two\n)", "a = f(\n  b  # one\n  # two\n)\n"),
+        ("a = f(b\n# two\n, c)", "a = f(\n  b,\n  # two\n  c\n)\n"),
         ("a = 1\nbb = 2", "a = 1\nbb = 2\n"),
     ],
 )

@@ -234,6 +234,8 @@ GOLDEN = {
     "": "DIF001 this file has nothing in it | write `diff 1`, `import std.sd` and an `objective`",
     "# only words\n\n": "DIF001 this file has nothing in it"
     " | write `diff 1`, `import std.sd` and an `objective`",
+    ",\n": "DIF001 this file has nothing in it"
+    " | write `diff 1`, `import std.sd` and an `objective`",
     "a\0b": "DIF002 this file is not text | give the path of a `.diff` file",
     "diff 2\n": "DIF003 edition 2 of the language is not known here"
     " | write `diff 1`, or use a difftrain that knows edition 2",
@@ -462,6 +464,7 @@ def test_stored_tables_parse_as_the_grammar_does(tmp_path, monkeypatch):
     folder = tmp_path / "grammars"
     folder.mkdir()
     text = (ROOT / "grammars" / "diff.lark").read_text()
+    (folder / "diff.lark").write_text(text)
     (folder / "diff.json").write_text(lexing.tables(text))
     expected = clean(FULL + LIBRARY)
     with monkeypatch.context() as patch:
@@ -470,6 +473,14 @@ def test_stored_tables_parse_as_the_grammar_does(tmp_path, monkeypatch):
         assert lexing.grammar().source_path == "<deserialized>"
         assert clean(FULL + LIBRARY) == expected
     lexing.grammar.cache_clear()
+
+
+def test_tables_of_another_lark_are_not_read(tmp_path):
+    tables = lexing.tables((ROOT / "grammars" / "diff.lark").read_text())
+    stored = tmp_path / "diff.json"
+    stored.write_text(json.dumps({**json.loads(tables), "lark": "0.1"}))
+    assert lexing._stored(stored) is None
+    assert lexing._stored(tmp_path / "absent.json") is None
 
 
 def test_folders_are_found_beside_the_package_in_a_checkout():

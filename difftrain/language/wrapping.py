@@ -101,13 +101,14 @@ def _items(tokens: list[Token]) -> list[Item]:
         elif token.type == "COMMA":
             items += [Item(current)] if current else []
             current = []
-        elif current and _ends_item(tokens, i):
-            items.append(Item(current, token.rstrip()))
-            current = []
-        elif not current and items and _behind(tokens, i, items[-1]):
-            items[-1].comment = token.rstrip()
         else:
-            items.append(Item([], token.rstrip()))
+            if current and _ends_item(tokens, i):
+                items.append(Item(current))
+                current = []
+            if not current and items and _behind(tokens, i, items[-1]):
+                items[-1].comment = token.rstrip()
+            else:
+                items.append(Item([], token.rstrip()))
     return [*items, Item(current)] if current else items
 
 
