@@ -1,0 +1,130 @@
+"""Text encoders: token ids to the sequence that a backbone attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from difftrain.models.errors import PartError
+from difftrain.models.loading import load
+from difftrain.models.output import unwrap
+from difftrain.models.tokenizer import END, Tokens, clip_tokenizer
+
+ALL_TOKENS = 49_408
+
+
+class TextEncoder(nn.Module):
+    """A function of ids [B, T] that gives [B, T, width].
+
+    `compact` [49408] maps ids to rows of the token table where that was cut to a vocabulary; ids
+    outside it read as the end mark, which `check` refuses before they get here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Tokens,
+        *,
+        width: int,
+        length: int = 77,
+        vocabulary: Sequence[int] = (),
+    ):
+        super().__init__()
+        self.model, self.tokens = model, tokens
+        self.width, self.length = width, length
+        self.register_buffer("compact", _compact(vocabulary) if vocabulary else None)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        ids = input_ids if self.compact is None else self.compact[input_ids]
+        return unwrap(self.model(input_ids=ids))
+
+    def ids(self, texts: Iterable[str]) -> Tensor:
+        """Checked ids [B, length] of texts."""
+        ids = self.tokens(texts, self.length)
+        self.check(ids)
+        return ids
+
+    def check(self, ids: Tensor) -> None:
+        """Refuse ids that the token table does not hold, naming their words."""
+        if self.compact is None:
+            return
+        held = set(self.vocabulary)
+        lost = {
+            word: None
+            for row in ids.tolist()
+            for word, spelling in self.tokens.words(row)
+            if not held.issuperset(spelling)
+        }
+        if lost:
+            raise PartError(
+                f"{', '.join(f'`{word}`' for word in lost)} never occurred in training: this text "
+                "encoder only knows the words of its captions, so use those"
+            )
+
+    @property
+    def vocabulary(self) -> list[int]:
+        """The ids in the token table, sorted; empty where it is not cut."""
+        if self.compact is None:
+            return []
+        known = self.compact != self.compact[END]
+        known[END] = True
+        return known.nonzero().flatten().tolist()
+
+
+def _compact(vocabulary: Sequence[int]) -> Tensor:
+    ids = torch.tensor(sorted({*vocabulary, END}))
+    rows = torch.full((ALL_TOKENS,), len(ids) - 1)  # END is the greatest id, so the last row
+    rows[ids] = torch.arange(len(ids))
+    return rows
+
+
+def clip(
+    *,
+    weights: str = "",
+    train: bool = False,
+    layers: int = 3,
+    width: int = 192,
+    heads: int = 4,
+    length: int = 77,
+    vocabulary: Sequence[int] = (),
+) -> TextEncoder:
+    """A CLIP text encoder: a pretrained one, frozen unless `train`, or a small one to be trained.
+
+    The small one's token table is cut to `vocabulary`, the ids in use, where that is given.
+    """
+    tokens = clip_tokenizer(weights)
+    if not weights:
+        model = _small(layers, width, heads, length, len({*vocabulary, END}) if vocabulary else 0)
+        return TextEncoder(model, tokens, width=width, length=length, vocabulary=vocabulary)
+    model = _pretrained(weights, train)
+    most = model.config.max_position_embeddings
+    return TextEncoder(model, tokens, width=model.config.hidden_size, length=min(length, most))
+
+
+def _small(layers: int, width: int, heads: int, length: int, count: int) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if width % heads:
+        raise PartError(f"a width of {width} cannot be split over {heads} heads: use a multiple")
+    rows = count or ALL_TOKENS
+    config = CLIPTextConfig(
+        vocab_size=rows,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=length,
+        bos_token_id=rows - 2,
+        eos_token_id=rows - 1,
+        pad_token_id=rows - 1,
+    )
+    return CLIPTextModel(config)
+
+
+def _pretrained(weights: str, train: bool) -> nn.Module:
+    from transformers import CLIPTextModel
+
+    model = load(CLIPTextModel, weights, "text_encoder")
+    return model if train else model.requires_grad_(False).eval()
