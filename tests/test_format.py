@@ -115,7 +115,7 @@ TIDY = """\
 #top
 diff 1  #edition
 a = f(
-  1,  # one
+  1,      # one
   b = 2,  #two
   # alone
   c,  # three

@@ -16,7 +16,7 @@ from difftrain.language.finding import Finding
 from difftrain.language.lexing import lex
 from difftrain.language.syntax import parse
 from difftrain.language.tree import Source
-from difftrain.language.wrapping import CLOSERS, INDENT, OPENERS, WIDTH, flat, written
+from difftrain.language.wrapping import CLOSERS, INDENT, OPENERS, WIDTH, behind, flat, written
 
 
 def format_text(source: Source) -> str:
@@ -138,15 +138,11 @@ def _row(row: Row, indent: int) -> list[Line]:
     joined = ", ".join(text or "" for text in texts)
     if all(texts) and indent + len(joined) <= WIDTH:
         kind, pivot = _pivot(row.statements[0], indent)
-        return [Line(" " * indent + joined, _behind(row.comment), kind, indent + pivot)]
+        return [Line(" " * indent + joined, behind(row.comment), kind, indent + pivot)]
     if len(row.statements) > 1:
         *most, last = (Row([statement]) for statement in row.statements)
         return _lines([*most, replace(last, comment=row.comment)], indent)
     return _spread(row.statements[0], row.comment, indent)
-
-
-def _behind(comment: str) -> str:
-    return f"  {comment}" if comment else ""
 
 
 def _on_one_line(statement: Statement) -> str | None:
@@ -164,13 +160,16 @@ def _on_one_line(statement: Statement) -> str | None:
 
 def _spread(statement: Statement, comment: str, indent: int) -> list[Line]:
     """The lines of a statement that takes several."""
+    more = 0 if statement.body is None else 4
+    *most, (last, _) = written(statement.tokens, indent, more)
+    lines = [Line(text, said) for text, said in most]
     if statement.body is None:
-        *most, last = written(statement.tokens, indent)
-        return [*map(Line, most), Line(last, _behind(comment))]
-    *most, last = written(statement.tokens, indent, more=2)
+        return [*lines, Line(last, behind(comment))]
+    if not (statement.body or statement.opening):
+        return [*lines, Line(f"{last} {{ }}", behind(comment))]
+    head = Line(f"{last} {{", behind(statement.opening), "head")
     body = _lines(_one_a_row(statement), indent + INDENT)
-    head = Line(f"{last} {{", _behind(statement.opening), "head")
-    return [*map(Line, most), head, *body, Line(" " * indent + "}", _behind(comment))]
+    return [*lines, head, *body, Line(" " * indent + "}", behind(comment))]
 
 
 def _one_a_row(block: Statement) -> list[Row]:
@@ -182,6 +181,8 @@ def _one_a_row(block: Statement) -> list[Row]:
 
 def _pivot(statement: Statement, indent: int) -> tuple[str, int]:
     """What a line is aligned by, and at which column of its statement that stands."""
+    if statement.body == []:
+        return "", 0
     if statement.body is not None:
         head = statement.tokens
         named = len(head) > 1 and head[1].type == "NAME"

@@ -47,17 +47,17 @@ def _space(before: Token | None, token: Token, sign: bool) -> str:
     return "" if token.type == "LPAR" and before.type == "NAME" else " "
 
 
-def written(tokens: list[Token], indent: int, more: int = 0) -> list[str]:
-    """The lines of a statement; `more` columns of its last line are taken by what follows."""
+def written(tokens: list[Token], indent: int, more: int = 0) -> list[tuple[str, str]]:
+    """The lines of a statement, each with its comment; `more` columns follow the last one."""
     commented = _has_comment(tokens)
     if not commented and indent + len(flat(tokens)) + more <= WIDTH:
-        return [" " * indent + flat(tokens)]
+        return [(" " * indent + flat(tokens), "")]
     first, last = _bracket_to_break(tokens, commented)
     if first == last:
-        return [" " * indent + flat(tokens)]
+        return [(" " * indent + flat(tokens), "")]
     head = " " * indent + flat(tokens[: first + 1])
     inside = _written_items(_items(tokens[first + 1 : last]), indent + INDENT)
-    return [head, *inside, *written(tokens[last:], indent, more)]
+    return [(head, ""), *inside, *written(tokens[last:], indent, more)]
 
 
 def _bracket_to_break(tokens: list[Token], commented: bool) -> tuple[int, int]:
@@ -123,17 +123,23 @@ def _behind(tokens: list[Token], i: int, item: Item) -> bool:
     return bool(item.tokens) and not item.comment and tokens[i].line == tokens[i - 1].line
 
 
-def _written_items(items: list[Item], indent: int) -> list[str]:
+def _written_items(items: list[Item], indent: int) -> list[tuple[str, str]]:
     """The lines between the brackets: one where all items fit on it, else one for each item."""
-    lines = []
     if not any(item.comment or _has_comment(item.tokens) for item in items):
         together = " " * indent + ", ".join(flat(item.tokens) for item in items)
         if len(together) <= WIDTH:
-            return [together]
+            return [(together, "")]
+    lines = []
     final = max((i for i, item in enumerate(items) if item.tokens), default=-1)
     for i, item in enumerate(items):
-        *most, last = written(item.tokens, indent, more=1) if item.tokens else [" " * indent]
-        comma = "," if item.tokens and i < final else ""
-        gap = "  " if item.tokens and item.comment else ""
-        lines += [*most, f"{last}{comma}{gap}{item.comment}"]
+        if not item.tokens:
+            lines.append(("", " " * indent + item.comment))
+            continue
+        *most, (last, _) = written(item.tokens, indent, more=1)
+        lines += [*most, (last + ("," if i < final else ""), behind(item.comment))]
     return lines
+
+
+def behind(comment: str) -> str:
+    """A comment as it stands behind code."""
+    return f"  {comment}" if comment else ""
