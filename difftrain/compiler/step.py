@@ -1,0 +1,168 @@
+"""The training step: what the objective computes, with backward, clipping, AdamW and averaging,
+emitted as one readable module that runs as it stands and under `torch.compile(fullgraph=True)`.
+
+Everything that changes from step to step is a tensor, so nothing is compiled twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from difftrain.compiler.emit import Writer, emit
+from difftrain.graph.build import build
+from difftrain.graph.graph import Graph, from_terms
+from difftrain.graph.passes import run
+from difftrain.language.part import Part
+from difftrain.language.spec import Objective
+from difftrain.language.term import Term, walk
+
+DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of `train` that the step depends on."""
+
+    precision: str
+    optimizer: Part
+    clip: float
+    warmup: int
+    decay: str
+    steps: int
+    average: Term  # the decay of the averaged weights, in `step`
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step reads from a batch: given quantities, and whether text is encoded in the step."""
+
+    given: tuple[str, ...] = ()
+    text: bool = False
+    trained_text: bool = False
+    extra: tuple[str, ...] = ()  # further quantities to log
+
+
+@dataclass(frozen=True, eq=False)
+class StepProgram:
+    """The emitted step with the graphs it came from."""
+
+    source: str
+    derived: Graph
+    graph: Graph
+
+
+def emit_step(objective: Objective, recipe: Recipe, inputs: Inputs) -> StepProgram:
+    """The program of one training step. Raises SpecError."""
+    derived = build(objective, ("loss", *logged(objective)), inputs.given)
+    graph = run(derived)
+    source = emit(graph, f"The training step of `{objective.name}`, as difftrain compiled it.")
+    used = ["adamw", "learning_rate"]
+    used += ["clipped"] * bool(recipe.clip) + ["rescale"] * (recipe.precision == "fp16")
+    imports = f"""
+from difftrain.compiler.draws import Draws
+from difftrain.compiler.update import {", ".join(sorted(used))}"""
+    source = source.replace("\n\n\ndef tables", f"{imports}\n\n\ndef tables", 1)
+    source = "\n\n".join((source, _averaging(recipe.average), _step(graph, recipe, inputs)))
+    return StepProgram(source, derived, graph)
+
+
+def logged(objective: Objective) -> tuple[str, ...]:
+    """The named quantities [B] that the loss reads with gradient: logged as batch means."""
+    derivation = objective.derivation()
+    loss = derivation.read("loss")
+    live: set[Term] = set()
+    stack = [loss]
+    while stack:
+        term = stack.pop()
+        if term not in live and term.op != "stop":
+            live.add(term)
+            stack.extend(term.args)
+    names = [key[0] for key in derivation.memo if key[0] not in ("~", "loss")]
+    found = {}
+    for name in dict.fromkeys(names):
+        term = derivation.read(name)
+        if term in live and term.kind == "sample" and _trains(term) and term is not loss:
+            found.setdefault(term, name)
+    return tuple(found.values())
+
+
+def _trains(term: Term) -> bool:
+    return any(t.op == "network" for t in walk(term))
+
+
+def _averaging(decay: Term) -> str:
+    graph = from_terms({"decay": decay}, {})
+    writer = Writer(graph)
+    for node in graph.order():
+        writer.write(node)
+    text = writer.texts[graph.outputs["decay"]].text
+    lines = [line.replace('inputs["step"]', "step") for line in writer.lines]
+    return "\n".join(
+        ["def averaging(step):", '    """How much of the averaged weights stays at an update."""']
+        + [*lines, f"    return {text}", ""]
+    )
+
+
+def _step(graph: Graph, recipe: Recipe, inputs: Inputs) -> str:
+    device, precision = "weights.device.type", DTYPES[recipe.precision]
+    scaled = recipe.precision == "fp16"
+    o = recipe.optimizer.options
+    numbers = ", ".join(f"{n}={o[n]}" for n in ("beta1", "beta2", "eps", "weight_decay"))
+    cosine = recipe.steps if recipe.decay == "cosine" else 0
+    lines = [
+        "def step(state, batch, modules, plan, tables):",
+        '    """One training step, in place. What is returned is logged."""',
+        '    weights = state["weights"].detach().requires_grad_()',
+        "    nets = plan.bind(modules, weights)",
+        '    draw = Draws(state["seed"], state["turn"], batch["index"])',
+        f"    with torch.autocast({device}, {precision}, enabled={recipe.precision != 'fp32'}):",
+        *_inputs(inputs),
+        "        values = compute(inputs, draw, nets, tables)",
+        '    loss = values["loss"].float().mean()',
+        "",
+        *_gradient(recipe),
+        "    with torch.no_grad():",
+        '        count = state["updates"] + 1.0',
+        f"        rate = learning_rate(count, {o['lr']}, warmup={recipe.warmup}, cosine_steps={cosine})",
+        f"        adamw(state, gradient, count, rate, averaging, {numbers}{', fine=fine' * scaled})",
+        *["        rescale(state, fine)"] * scaled,
+        '        state["turn"].add_(1)',
+        "",
+        '    log = {"loss": loss.detach(), "gradient": norm, "rate": rate}',
+        *['    log["scale"] = state["scale"].clone()'] * scaled,
+    ]
+    for name in (n for n in graph.outputs if n != "loss"):
+        lines.append(f'    log["{name}"] = values["{name}"].detach().float().mean()')
+    return "\n".join([*lines, "    return log", ""])
+
+
+def _inputs(inputs: Inputs) -> list[str]:
+    indent = "        "
+    lines = [f'{indent}inputs = {{"x0": batch["x0"], "step": state["updates"]}}']
+    lines += [f'{indent}inputs["{name}"] = batch["{name}"]' for name in inputs.given]
+    if not inputs.text:
+        return [*lines, f'{indent}inputs["cond"] = inputs["null"] = None']
+    if not inputs.trained_text:
+        lines.append(f"{indent}with torch.no_grad():")
+        indent += "    "
+    return [
+        *lines,
+        f'{indent}inputs["cond"] = nets["text"](batch["input_ids"])',
+        f'{indent}inputs["null"] = nets["text"](batch["null_ids"])',
+    ]
+
+
+def _gradient(recipe: Recipe) -> list[str]:
+    if recipe.precision == "fp16":
+        lines = [
+            '    (gradient,) = torch.autograd.grad(loss * state["scale"], weights)',
+            '    gradient = gradient / state["scale"]',
+            "    norm = gradient.norm()",
+            "    fine = torch.isfinite(norm)",
+        ]
+    else:
+        lines = [
+            "    (gradient,) = torch.autograd.grad(loss, weights)",
+            "    norm = gradient.norm()",
+        ]
+    return lines + [f"    gradient = clipped(gradient, norm, {recipe.clip})"] * bool(recipe.clip)

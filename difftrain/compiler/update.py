@@ -1,0 +1,64 @@
+"""What the emitted step does with a gradient: clip it, move the flat state, average the weights.
+
+Everything is a tensor on the device; nothing here reads a number back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+GROWTH_EVERY = 2000  # updates without overflow after which the fp16 loss scale doubles
+SCALES = (2.0**-14, 2.0**24)
+
+
+def clipped(gradient: Tensor, norm: Tensor, limit: float) -> Tensor:
+    """The gradient [P], shortened to the limit where its norm is above it."""
+    return gradient * torch.clamp(limit / (norm + 1e-6), max=1.0)
+
+
+def learning_rate(count: Tensor, peak: float, warmup: int, cosine_steps: int) -> Tensor:
+    """The rate of update `count` (from 1): a linear rise, then constant or half a cosine to 0."""
+    rate = peak * torch.clamp(count / max(warmup, 1), max=1.0)
+    if cosine_steps:
+        rate = rate * 0.5 * (1 + torch.cos(torch.pi * torch.clamp(count / cosine_steps, max=1.0)))
+    return rate
+
+
+def adamw(
+    state: dict[str, Tensor],
+    gradient: Tensor,
+    count: Tensor,
+    rate: Tensor,
+    averaging: Callable,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    fine: Tensor | None = None,
+) -> None:
+    """Moves weights, moments, average and the number of updates, in place (arXiv:1711.05101 alg. 2).
+
+    `fine` (a bool) says whether the gradient is finite; where it is not, nothing moves.
+    """
+    weights = state["weights"]
+    first = torch.lerp(gradient, state["first"], beta1)
+    second = torch.lerp(gradient.square(), state["second"], beta2)
+    change = first / (1 - beta1**count)
+    change = change / ((second / (1 - beta2**count)).sqrt() + eps)
+    moved = weights - rate * (change + weight_decay * weights)
+    average = torch.lerp(moved, state["average"], averaging(count))
+    new = {"weights": moved, "first": first, "second": second, "average": average}
+    for name, value in {**new, "updates": state["updates"] + 1}.items():
+        state[name].copy_(value if fine is None else torch.where(fine, value, state[name]))
+
+
+def rescale(state: dict[str, Tensor], fine: Tensor) -> None:
+    """Half the loss scale after an overflow, twice after a long time without one, in place."""
+    calm = torch.where(fine, state["calm"] + 1, 0)
+    grown = torch.where(calm >= GROWTH_EVERY, 2.0, 1.0)
+    state["scale"].mul_(torch.where(fine, grown, 0.5)).clamp_(*SCALES)
+    state["calm"].copy_(calm % GROWTH_EVERY)
