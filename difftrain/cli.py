@@ -1,0 +1,246 @@
+"""The command line: arguments, messages and exit codes. What a command does is in `commands`.
+
+Exit codes: 0 clean, 1 findings or changes, 2 usage or i/o, 3 a device or package that is absent
+here, 4 the run failed, 70 our own bug. Results go to stdout, progress and problems to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from difftrain import __version__
+from difftrain.commands.console import complain
+from difftrain.commands.failure import FINDINGS, USAGE, Failure, failure
+from difftrain.language.finding import SpecError
+from difftrain.language.nearest import nearest
+
+Option = tuple[tuple[str, ...], dict]
+
+
+def _arg(*flags: str, **settings) -> Option:
+    return flags, settings
+
+
+def _one_of(what: str, *words: str) -> Callable[[str], str]:
+    """A word out of a list; anything else is told with the list."""
+
+    def read(text: str) -> str:
+        if text not in words:
+            listed = ", ".join(f"`{w}`" for w in words)
+            raise argparse.ArgumentTypeError(f"there is no {what} `{text}`: it is one of {listed}")
+        return text
+
+    return read
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"`{text}` is not a whole number")
+    return int(text)
+
+
+PATHS = _arg("paths", nargs="*", metavar="PATH", help="files or folders; none is this folder")
+SPEC = _arg("spec", nargs="?", default=".", metavar="SPEC", help="a .diff file, or its folder")
+OBJECTIVE = _arg("--objective", metavar="NAME", help="which one, where a file has several")
+SET = _arg(
+    "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
+    help="a param, or a dotted path to an option: `gamma=3`, `train.steps=200`",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: where its function `(args) -> exit code` is, what it does, what it takes."""
+
+    function: str
+    summary: str
+    options: tuple[Option, ...]
+
+    def run(self, args: argparse.Namespace) -> int:
+        module, name = self.function.split(":")
+        return getattr(import_module(f"difftrain.commands.{module}"), name)(args)
+
+
+COMMANDS: dict[str, Command] = {
+    "lint": Command(
+        "check:lint",
+        "say what is wrong with specs, without running them",
+        (
+            PATHS,
+            SET,
+            _arg(
+                "--format",
+                type=_one_of("format", "text", "github", "json"),
+                default="text",
+                metavar="FORMAT",
+                help="text, github or json",
+            ),
+        ),
+    ),
+    "fmt": Command(
+        "check:fmt",
+        "write specs in the one layout",
+        (PATHS, _arg("--check", action="store_true", help="change nothing, exit 1 if it would")),
+    ),
+    "explain": Command(
+        "show:explain",
+        "tell what a spec trains, or what a finding's code means",
+        (
+            _arg(
+                "spec", nargs="?", default=".", metavar="SPEC|CODE", help="a .diff file, or DIF203"
+            ),
+            SET,
+            OBJECTIVE,
+            _arg("--passes", action="store_true", help="also what each pass of the compiler does"),
+        ),
+    ),
+    "graph": Command(
+        "show:graph",
+        "print the graph of a quantity",
+        (
+            SPEC,
+            SET,
+            OBJECTIVE,
+            _arg(
+                "--quantity", default="loss", metavar="NAME", help="which one; `loss` if not said"
+            ),
+            _arg("--before", metavar="PASS", help="as it is before this pass"),
+            _arg("--after", metavar="PASS", help="as it is after this pass"),
+        ),
+    ),
+    "diff": Command(
+        "show:diff",
+        "say whether two specs train the same",
+        (_arg("first", metavar="A"), _arg("second", metavar="B"), SET),
+    ),
+    "import": Command(
+        "convert:convert",
+        "write another trainer's configuration as a spec",
+        (
+            _arg("config", metavar="CONFIG", help="a YAML file"),
+            _arg("-o", "--output", metavar="FILE", help="where to; stdout if not said"),
+        ),
+    ),
+    "compile": Command(
+        "run:compile_spec",
+        "write one executable file that trains",
+        (SPEC, SET, _arg("-o", "--output", metavar="FILE", help="the spec's name if not said")),
+    ),
+    "train": Command(
+        "run:train",
+        "train what a spec declares",
+        (
+            SPEC,
+            SET,
+            _arg("--data", metavar="PATH", help="pictures instead of those the spec names"),
+            _arg("--steps", type=_count, metavar="N", help="optimizer steps in all"),
+            _arg("--resume", metavar="PATH", help="a checkpoint to go on from, or `auto`"),
+        ),
+    ),
+    "sample": Command(
+        "run:sample",
+        "make pictures with a trained model",
+        (
+            _arg("run", metavar="RUN", help="the folder of a run, or a checkpoint"),
+            SET,
+            _arg("-o", "--output", metavar="FILE", help="where the pictures go"),
+        ),
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments whose problems are raised, in our words."""
+
+    def error(self, message: str):
+        text = re.sub(r"^argument (\S+?)(/\S+)?: expected", r"`\1` expects", message)
+        text = re.sub(r"^argument \S+: ", "", text)
+        text = re.sub(r"^the following arguments are required: ", f"`{self.prog}` needs ", text)
+        raise Failure(text, USAGE)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code of a command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
+    except SpecError as error:
+        complain(error.findings)
+        return FINDINGS
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return USAGE
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    """Tells one sentence, and the traceback to whoever asks for it."""
+    told = failure(error)
+    print(f"error: {told}", file=sys.stderr)
+    if os.environ.get("DIFFTRAIN_TRACEBACK") == "1" and not isinstance(error, Failure):
+        traceback.print_exception(error)
+    return told.code
+
+
+def _dispatch(argv: list[str]) -> int:
+    match argv:
+        case []:
+            print(usage(), end="", file=sys.stderr)
+            return USAGE
+        case [("-h" | "--help" | "help"), *_]:
+            print(usage(), end="")
+            return 0
+        case ["--version", *_]:
+            print(f"difftrain {__version__}")
+            return 0
+        case [name, *rest] if name in COMMANDS:
+            return _run(name, rest)
+    close = nearest(argv[0], [*COMMANDS, "--help", "--version"])
+    hint = f"did you mean `{close}`?" if close else "`difftrain --help` lists them"
+    what = "option" if argv[0].startswith("-") else "command"
+    raise Failure(f"there is no {what} `{argv[0]}`: {hint}", USAGE)
+
+
+def _run(name: str, argv: list[str]) -> int:
+    command = COMMANDS[name]
+    parser = Parser(prog=f"difftrain {name}", description=command.summary, allow_abbrev=False)
+    for flags, settings in command.options:
+        parser.add_argument(*flags, **settings)
+    if {"-h", "--help"} & set(argv):
+        print(parser.format_help(), end="")
+        return 0
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise Failure(_unknown(name, unknown[0]), USAGE)
+    return command.run(args)
+
+
+def _unknown(name: str, word: str) -> str:
+    if not word.startswith("-"):
+        return f"`difftrain {name}` does not know what to do with `{word}`"
+    flag = word.partition("=")[0]
+    flags = [f for names, _ in COMMANDS[name].options for f in names if f.startswith("-")]
+    close = nearest(flag, flags)
+    hint = f"did you mean `{close}`?" if close else f"`difftrain {name} --help` lists them"
+    return f"`difftrain {name}` has no option `{flag}`: {hint}"
+
+
+def usage() -> str:
+    """The commands, one a line."""
+    lines = [f"  {name:9} {command.summary}" for name, command in COMMANDS.items()]
+    head = "difftrain: a compiler for diffusion training objectives\n\n"
+    head += "usage: difftrain COMMAND ...        (difftrain COMMAND --help says what it takes)\n\n"
+    return head + "\n".join(lines) + "\n"

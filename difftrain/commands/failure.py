@@ -1,0 +1,43 @@
+"""How a command ends that cannot do its work: one sentence and an exit code."""
+
+from __future__ import annotations
+
+CLEAN, FINDINGS, USAGE, ABSENT, FAILED, BUG = 0, 1, 2, 3, 4, 70
+
+# The errors that other stages raise with a sentence of their own.
+TOLD = {
+    "difftrain.training.sources.DataError": FAILED,
+    "difftrain.models.errors.PartError": USAGE,
+}
+
+
+class Failure(Exception):
+    """`str()` is the sentence to show, `code` the exit code."""
+
+    def __init__(self, message: str, code: int):
+        self.code = code
+        super().__init__(message)
+
+
+def failure(error: Exception) -> Failure:
+    """What to say about an error, and how to exit."""
+    if isinstance(error, Failure):
+        return error
+    for kind in type(error).__mro__:
+        code = TOLD.get(f"{kind.__module__}.{kind.__qualname__}")
+        if code is not None:
+            return Failure(str(error), code)
+    match error:
+        case ModuleNotFoundError(name=str(name)) if not name.startswith("difftrain"):
+            package = name.partition(".")[0]
+            return Failure(f"`{package}` is not installed here: install it and try again", ABSENT)
+        case OSError(filename=path, strerror=str(reason)) if path is not None:
+            return Failure(f"`{path}`: {reason.lower()}", USAGE)
+        case OSError():
+            return Failure(str(error) or "a file could not be read or written", USAGE)
+    what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+    return Failure(
+        f"difftrain itself failed ({what}), which is our fault: please report it with the spec; "
+        "DIFFTRAIN_TRACEBACK=1 shows where",
+        BUG,
+    )

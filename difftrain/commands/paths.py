@@ -1,0 +1,48 @@
+"""From arguments to files and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from difftrain.commands.failure import USAGE, Failure
+
+
+def specs(paths: Sequence[str]) -> list[str]:
+    """The `.diff` files that the arguments mean: files as they are, folders with all below them."""
+    files = [file for path in paths or ["."] for file in _below(path)]
+    return list(dict.fromkeys(files))
+
+
+def _below(path: str) -> list[str]:
+    if not Path(path).is_dir():
+        with open(path, "rb"):  # a missing file is told before any work is done
+            return [path]
+    found = sorted(p for p in Path(path).rglob("*.diff") if p.is_file() and not _hidden(p, path))
+    if not found:
+        raise Failure(f"there is no `.diff` file in `{path}`", USAGE)
+    return [str(p) for p in found]
+
+
+def _hidden(file: Path, root: str) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def one_spec(path: str) -> str:
+    """The file that an argument means where a command takes one spec."""
+    found = specs([path])
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(f"`{f}`" for f in found[:5]) + (", ..." if len(found) > 5 else "")
+    raise Failure(f"`{path}` holds {len(found)} specs, and one is needed: {listed}", USAGE)
+
+
+def settings(pairs: Sequence[str]) -> dict[str, str]:
+    """`["gamma=3"]` as `{"gamma": "3"}`."""
+    result = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise Failure(f"`--set {pair}` sets nothing: write `--set name=value`", USAGE)
+        result[name.strip()] = value.strip()
+    return result
