@@ -26,7 +26,7 @@ def _local(kind, weights: str, sub: str) -> nn.Module:
     at = at / sub if (at / sub).is_dir() else at
     saved = read_json(at, "config.json").get("_class_name", kind.__name__)
     if saved != kind.__name__:
-        raise PartError(f"`{at}` holds a {saved}, not a {kind.__name__}: give another folder")
+        raise PartError(f"`{at}` holds `{saved}`: give a folder with `{kind.__name__}`")
     if not list(at.glob("*.safetensors")):
         raise PartError(_no_weights(at))
     try:

@@ -85,8 +85,13 @@ def _word(what: str, value: str, known: dict[str, str]) -> str:
 
 
 def _network(config: dict) -> dict:
-    keys = {"channels": "in_channels", "cross_attention_dim": "", "sample_size": ""}
-    return {"network": {name: config.get(key or name) for name, key in keys.items()}}
+    return {
+        "network": {
+            "channels": config.get("in_channels", 4),
+            "cross_attention_dim": config.get("cross_attention_dim", 1280),
+            "sample_size": config.get("sample_size"),
+        }
+    }
 
 
 def _latent(config: dict) -> dict:

@@ -1,0 +1,256 @@
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import nn
+from transformers import CLIPTextModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from difftrain.language.part import Part
+from difftrain.models import BUILDERS, build
+from difftrain.models.errors import PartError
+from difftrain.models.output import unwrap
+from difftrain.models.text import TextEncoder, clip
+from difftrain.models.tokenizer import END, START, clip_tokenizer
+from difftrain.models.unet import Network, sd_unet
+
+TEXT = {"layers": 2, "width": 16, "heads": 2, "length": 8}
+UNET = {"channels": (8, 16), "layers": 1, "heads": 2, "groups": 4, "size": 8}
+CODEC = {"weights": "", "channels": (4, 8), "groups": 2, "latent": 3}
+CAPTIONS = ["a photo of a cat", "a red apple"]
+
+
+@pytest.fixture(scope="module")
+def text():
+    torch.manual_seed(0)
+    return clip(**TEXT, vocabulary=clip_tokenizer().used(CAPTIONS))
+
+
+@pytest.fixture(scope="module")
+def unet(text):
+    torch.manual_seed(0)
+    return sd_unet(**UNET, text=text)
+
+
+# ---- parts by name
+
+
+def test_every_builder_is_there():
+    made = {
+        "autoencoder_kl": build(Part("codec", "autoencoder_kl", CODEC)),
+        "clip": build(Part("encoder", "clip", TEXT)),
+        "sd_unet": build(Part("backbone", "sd_unet", UNET)),
+    }
+    assert made.keys() == BUILDERS.keys()
+    assert all(isinstance(module, nn.Module) for module in made.values())
+
+
+def test_nested_parts_are_built_and_give_the_sizes():
+    nested = {
+        "codec": Part("codec", "autoencoder_kl", CODEC),
+        "text": Part("encoder", "clip", TEXT),
+    }
+    config = build(Part("backbone", "sd_unet", {**UNET, **nested})).module.config
+    assert (config.in_channels, config.out_channels, config.cross_attention_dim) == (3, 3, 16)
+
+
+def test_context_wins_over_options(text):
+    part = Part("backbone", "sd_unet", {**UNET, "text": Part("encoder", "clip", {})})
+    assert build(part, text=text).module.config.cross_attention_dim == text.width
+
+
+def test_misspelt_names_are_told():
+    with pytest.raises(PartError, match="no backbone called `sd_unt`: did you mean `sd_unet`"):
+        build(Part("backbone", "sd_unt", {}))
+    with pytest.raises(PartError, match="`clip` has no option `widht`: did you mean `width`"):
+        build(Part("encoder", "clip", {"widht": 3}))
+    with pytest.raises(PartError, match="`xyz`: use one of autoencoder_kl, clip, sd_unet"):
+        build(Part("codec", "xyz", {}))
+
+
+# ---- the backbone
+
+
+@pytest.mark.parametrize("weights", ["", "saved"])
+def test_the_unet_calls_like_diffusers(tmp_path, unet, text, weights):
+    if weights:
+        unet.module.save_pretrained(tmp_path / "unet")
+        unet = sd_unet(weights=str(tmp_path), text=text)
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 400.0]), torch.randn(2, 8, 16)
+    expected = unet.module(x, t, encoder_hidden_states=cond).sample
+    torch.testing.assert_close(unet(x, t, cond), expected)
+
+
+def test_saved_weights_come_back(tmp_path, unet):
+    unet.module.save_pretrained(tmp_path)
+    loaded = sd_unet(weights=str(tmp_path)).module.state_dict()
+    assert all(torch.equal(v, loaded[k]) for k, v in unet.module.state_dict().items())
+
+
+def test_real_times_are_scaled(unet):
+    x, t, cond = torch.randn(2, 4, 8, 8), torch.tensor([0.25, 0.5]), torch.randn(2, 8, 16)
+    scaled = Network(unet.module, time_scale=1000)
+    torch.testing.assert_close(scaled(x, t, cond), unet(x, t * 1000, cond))
+
+
+def test_parts_trace_as_one_graph(unet, text):
+    ids = text.ids(CAPTIONS)
+    whole = torch.compile(
+        lambda x, t, ids: unet(x, t, text(ids)), fullgraph=True, backend="aot_eager"
+    )
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.25, 0.5])
+    torch.testing.assert_close(whole(x, t, ids), unet(x, t, text(ids)))
+    whole(x, t, ids).square().mean().backward()
+    assert all(p.grad is not None for p in unet.parameters())
+    assert text.model.get_input_embeddings().weight.grad is not None
+
+
+def test_without_options_it_is_stable_diffusion_1():
+    with torch.device("meta"):
+        model = sd_unet().module
+    ours = {k: v for k, v in model.config.items() if not k.startswith("_")}
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 859_520_964  # as published
+    # list or number, the heads are eight everywhere
+    assert ours.pop("attention_head_dim") == (8, 8, 8, 8)
+    theirs = {"sample_size": 64, "cross_attention_dim": 768, "layers_per_block": 2}
+    theirs |= {"block_out_channels": (320, 640, 1280, 1280), "in_channels": 4, "out_channels": 4}
+    assert theirs.items() <= ours.items()
+
+
+def test_text_reaches_the_levels_that_are_named():
+    config = sd_unet(**{**UNET, "channels": (8, 8, 16)}, attention=[1]).module.config
+    assert config.down_block_types == ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
+    assert config.up_block_types == ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"groups": 3}, "8 channels cannot be split into 3 groups: use a multiple of 3"),
+        ({"heads": 5}, "8 channels cannot be split into 5 heads"),
+        ({"heads": [2]}, "`heads` has 1 numbers for 2 levels: give one for each"),
+        ({"attention": [2]}, "there is no level 2: the levels are 0 to 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told(options, said):
+    with pytest.raises(PartError, match=said):
+        sd_unet(**{**UNET, **options})
+
+
+def test_pretrained_parts_must_fit_each_other(tmp_path, unet, text):
+    unet.module.save_pretrained(tmp_path / "unet")
+    codec = build(Part("codec", "autoencoder_kl", CODEC))
+    with pytest.raises(PartError, match="takes 4 latent channels, but the codec makes 3"):
+        sd_unet(weights=str(tmp_path), codec=codec)
+    with pytest.raises(PartError, match="reads text of width 16, but the text encoder gives 32"):
+        sd_unet(weights=str(tmp_path), text=clip(**{**TEXT, "width": 32}, vocabulary=[320]))
+
+
+# ---- the text encoder
+
+
+def test_the_small_encoder_gives_a_sequence(text):
+    ids = text.ids(["a red cat", "apple"])
+    assert ids.shape == (2, 8) and text(ids).shape == (2, 8, text.width)
+
+
+def test_the_table_is_cut_and_nothing_else_changes(text):
+    assert text.vocabulary == clip_tokenizer().used(CAPTIONS)
+    assert text.model.get_input_embeddings().num_embeddings == len(text.vocabulary) == 8
+    whole = clip(**TEXT)
+    state = text.model.state_dict()
+    table = "embeddings.token_embedding.weight"
+    full = whole.model.state_dict()[table].clone()
+    full[text.vocabulary] = state[table]
+    whole.model.load_state_dict({**state, table: full})
+    ids = text.ids(CAPTIONS)
+    torch.testing.assert_close(whole(ids), text(ids))
+
+
+def test_words_that_training_never_saw_are_named(text):
+    with pytest.raises(PartError, match="`zebra`, `yellow` never occurred in training"):
+        text.ids(["a red zebra", "yellow zebra"])
+    clip(**TEXT).check(torch.tensor([[START, 1, END]]))
+
+
+def test_the_small_encoder_is_trained_and_the_pretrained_one_frozen(tmp_path, text):
+    clip(**TEXT).model.save_pretrained(tmp_path / "text_encoder")
+    frozen, tuned = (clip(weights=str(tmp_path), train=train) for train in (False, True))
+    assert all(p.requires_grad for p in [*text.parameters(), *tuned.parameters()])
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert (frozen.width, frozen.length, frozen.vocabulary) == (16, 8, [])
+
+
+def test_a_pretrained_encoder_answers_as_transformers_does(tmp_path):
+    saved = clip(**TEXT).model
+    saved.half().save_pretrained(tmp_path)
+    text = clip(weights=str(tmp_path))
+    ids = text.ids(["anything at all"])
+    expected = CLIPTextModel.from_pretrained(tmp_path).float()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(text(ids), expected)
+    assert text(ids).dtype == torch.float32
+
+
+def test_a_width_that_heads_do_not_divide_is_told():
+    with pytest.raises(PartError, match="a width of 16 cannot be split over 3 heads"):
+        clip(**{**TEXT, "heads": 3})
+
+
+# ---- foreign modules
+
+
+class Answers(nn.Module):
+    """Someone else's network, which wraps its answer."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x, t, cond, r=None):
+        return self.wrap(x + t.view(-1, 1) + (0 if r is None else r.view(-1, 1)))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: y,
+        lambda y: (y, None),
+        lambda y: BaseModelOutput(last_hidden_state=y),
+        lambda y: AutoencoderKLOutput(
+            latent_dist=DiagonalGaussianDistribution(torch.cat([y, y], 1))
+        ),
+    ],
+)
+def test_foreign_answers_are_reduced_to_their_tensor(wrap):
+    x, t = torch.zeros(2, 3), torch.ones(2)
+    assert torch.equal(Network(Answers(wrap))(x, t, None), x + 1)
+
+
+def test_further_times_are_passed_by_name():
+    assert (
+        Network(Answers(lambda y: y))(torch.zeros(2, 3), torch.ones(2), r=torch.ones(2)).max() == 2
+    )
+
+
+def test_other_answers_are_told():
+    with pytest.raises(PartError, match="a module answered with str: return a tensor"):
+        unwrap("no tensor")
+    with pytest.raises(PartError, match="a module answered with tuple"):
+        unwrap(())
+
+
+def test_a_foreign_encoder_is_framed():
+    class Table(nn.Embedding):
+        def forward(self, input_ids):
+            return (super().forward(input_ids),)
+
+    framed = TextEncoder(Table(49_408, 4), clip_tokenizer(), width=4, length=5)
+    assert framed(framed.ids(["a cat"])).shape == (1, 5, 4)
+
+
+def test_a_diffusers_unet_is_a_network_as_it_is(unet):
+    assert isinstance(unet.module, UNet2DConditionModel)
+    x, t, cond = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 8, 16)
+    assert unwrap(unet.module(x, t, cond)).shape == x.shape
