@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import CLIPTokenizer
@@ -92,11 +94,27 @@ def test_words_come_back_with_their_ids(tokens):
     ]
 
 
-def test_a_folder_brings_its_own_tokenizer(tmp_path):
-    vocabulary = {t: i for i, t in enumerate(["!", "c", "a", "t</w>", "at</w>", "cat</w>"])}
-    vocabulary |= {"<|startoftext|>": 6, "<|endoftext|>": 7}
+VOCABULARY = ["!", "c", "a", "t</w>", "at</w>", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+
+
+def saved_now(folder):
     merges = [("a", "t</w>"), ("c", "at</w>")]
-    CLIPTokenizer(vocabulary, merges, pad_token="!").save_pretrained(tmp_path / "tokenizer")
+    vocabulary = {token: i for i, token in enumerate(VOCABULARY)}
+    CLIPTokenizer(vocabulary, merges, pad_token="!").save_pretrained(folder)
+
+
+def saved_long_ago(folder):
+    folder.mkdir()
+    vocabulary = {token: i for i, token in enumerate(VOCABULARY)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\na t</w>\nc at</w>\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "pad_token": "!", "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("save", [saved_now, saved_long_ago])
+def test_a_folder_brings_its_own_tokenizer(tmp_path, save):
+    save(tmp_path / "tokenizer")
     assert clip_tokenizer(str(tmp_path))(["CAT at"], 6).tolist() == [[6, 5, 4, 7, 0, 0]]
 
 
