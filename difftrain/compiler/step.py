@@ -28,7 +28,6 @@ class Recipe:
     clip: float
     warmup: int
     decay: str
-    steps: int
     average: Term  # the decay of the averaged weights, in `step`
 
 
@@ -108,7 +107,7 @@ def _step(graph: Graph, recipe: Recipe, inputs: Inputs) -> str:
     scaled = recipe.precision == "fp16"
     o = recipe.optimizer.options
     numbers = ", ".join(f"{n}={o[n]}" for n in ("beta1", "beta2", "eps", "weight_decay"))
-    cosine = recipe.steps if recipe.decay == "cosine" else 0
+    cosine = ', cosine=state["steps"]' if recipe.decay == "cosine" else ""
     lines = [
         "def step(state, batch, modules, plan, tables):",
         '    """One training step, in place. What is returned is logged."""',
@@ -123,7 +122,7 @@ def _step(graph: Graph, recipe: Recipe, inputs: Inputs) -> str:
         *_gradient(recipe),
         "    with torch.no_grad():",
         '        count = state["updates"] + 1.0',
-        f"        rate = learning_rate(count, {o['lr']}, warmup={recipe.warmup}, cosine_steps={cosine})",
+        f"        rate = learning_rate(count, {o['lr']}, warmup={recipe.warmup}{cosine})",
         f"        adamw(state, gradient, count, rate, averaging, {numbers}{', fine=fine' * scaled})",
         *["        rescale(state, fine)"] * scaled,
         '        state["turn"].add_(1)',

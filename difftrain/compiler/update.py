@@ -19,11 +19,12 @@ def clipped(gradient: Tensor, norm: Tensor, limit: float) -> Tensor:
     return gradient * torch.clamp(limit / (norm + 1e-6), max=1.0)
 
 
-def learning_rate(count: Tensor, peak: float, warmup: int, cosine_steps: int) -> Tensor:
-    """The rate of update `count` (from 1): a linear rise, then constant or half a cosine to 0."""
+def learning_rate(count: Tensor, peak: float, warmup: int, cosine: Tensor | None = None) -> Tensor:
+    """The rate of update `count` (from 1): a linear rise, then constant, or times half a cosine that
+    ends at 0 after `cosine` updates."""
     rate = peak * torch.clamp(count / max(warmup, 1), max=1.0)
-    if cosine_steps:
-        rate = rate * 0.5 * (1 + torch.cos(torch.pi * torch.clamp(count / cosine_steps, max=1.0)))
+    if cosine is not None:
+        rate = rate * 0.5 * (1 + torch.cos(torch.pi * torch.clamp(count / cosine, max=1.0)))
     return rate
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from difftrain.graph.graph import Graph, from_terms
-from difftrain.language.derive import ALL, HERE, Derivation, Problem, World
+from difftrain.language.derive import ALL, Derivation, Problem, World
 from difftrain.language.finding import SpecError
 from difftrain.language.spec import Objective
 from difftrain.language.term import Term
@@ -14,12 +14,21 @@ from difftrain.language.term import Term
 BEFORE = "@0"  # `xt@0`: the value before every redefinition
 
 
-def build(objective: Objective, wanted: Iterable[str], given: Iterable[str] = ()) -> Graph:
-    """The graph of the wanted quantities, `given` ones being inputs. Raises SpecError."""
+def build(
+    objective: Objective,
+    wanted: Iterable[str],
+    given: Iterable[str] = (),
+    fixed: Iterable[str] = (),
+) -> Graph:
+    """The graph of the wanted quantities. `given` ones are inputs that later redefinitions still
+    change; `fixed` ones are inputs that nothing changes, as a sampler needs xt and t, and then no
+    condition is dropped. Raises SpecError."""
     derivation = objective.derivation(given)
     try:
+        if fixed:
+            derivation.fix(fixed)
         roots = {name: wanted_term(derivation, name) for name in wanted}
-        laws = {name: derivation.read(name, World(plain=frozenset({ALL}))) for name in given
+        laws = {name: derivation.read(name, World(plain=frozenset({ALL}))) for name in (*given, *fixed)
                 if name in objective.equations.versions}  # fmt: skip
         names = labels(derivation)
     except Problem as problem:
@@ -33,7 +42,7 @@ def wanted_term(derivation: Derivation, name: str) -> Term:
     if not name.endswith(BEFORE):
         return derivation.read(name)
     first = {n: 0 for n, versions in derivation.equations.versions.items() if len(versions) > 1}
-    return derivation.read(name.removesuffix(BEFORE), HERE.cap(**first))
+    return derivation.read(name.removesuffix(BEFORE), derivation.home.cap(**first))
 
 
 def labels(derivation: Derivation) -> dict[Term, tuple[str, ...]]:
@@ -43,10 +52,10 @@ def labels(derivation: Derivation) -> dict[Term, tuple[str, ...]]:
     for name in dict.fromkeys(k[0] for k in list(derivation.memo) if k[0] != "~"):
         with suppress(Problem):  # a name that has no meaning outside its world needs no label
             derivation.read(name)
-    worlds: dict[World, int] = {HERE: 0}
+    worlds: dict[World, int] = {derivation.home: 0}
     names: dict[Term, tuple[str, ...]] = {}
     entries = [(*key, term) for key, term in derivation.memo.items() if len(key) == 2]
-    for name, world, term in sorted(entries, key=lambda e: e[1] != HERE):
+    for name, world, term in sorted(entries, key=lambda e: e[1] != derivation.home):
         number = worlds.setdefault(world, len(worlds))
         title = f"{name}~{number}" if number else name
         if isinstance(term, Term) and term.op not in ("const", "word"):

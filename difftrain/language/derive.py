@@ -16,6 +16,7 @@ from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Definition
 from difftrain.language.nearest import nearest
 from difftrain.language.operations import CONSTANTS, LAWS, OPERATIONS, KindError
+from difftrain.language.references import circle, circular
 from difftrain.language.scope import DERIVED, NETS, Equation, Equations, Scope, own_name
 from difftrain.language.term import Term, const, leaf, make, rebuild, walk, word
 from difftrain.language.tree import (
@@ -40,10 +41,12 @@ ALL = "*"
 
 
 class Problem(Exception):
-    """A finding on its way to the end of the stage."""
+    """A finding on its way to the end of the stage; `trail` holds the equations that were being
+    read, the innermost first."""
 
     def __init__(self, finding: Finding):
         self.finding = finding
+        self.trail: list[Equation] = []
         super().__init__(finding.message)
 
 
@@ -69,11 +72,13 @@ HERE = World()
 
 @dataclass(frozen=True, eq=False)
 class Thunk:
-    """An argument that has not been read: its expression and where to read it."""
+    """An argument that has not been read: its expression and where to read it. In one world it is
+    one value, however often the function reads it."""
 
     value: Expr
     scope: Scope
     env: tuple
+    memo: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,29 +107,41 @@ class Derivation:
     given: frozenset[str] = frozenset()
     times: tuple[str, ...] = ("t",)
     inputs: tuple[str, ...] = ()
+    home: World = HERE  # the world that `read` starts from
     memo: dict = field(default_factory=dict)
     active: list = field(default_factory=list)
     read_equations: set = field(default_factory=set)
     read_names: set = field(default_factory=set)
     depth: int = 0
+    drawing: bool = False  # inside the law of a draw
+    streams: int = 0
 
     # ---- names
 
-    def read(self, name: str, world: World = HERE, at: Expr | None = None) -> Term:
+    def fix(self, names) -> None:
+        """From here on these quantities are inputs that nothing redefines (replacements, rule 4)."""
+        inputs = {n: leaf("input", self._kind(n), name=n) for n in names}
+        self.home = HERE.swap({**inputs, "dropped": const(False), "dropout": const(False)})
+
+    def read(self, name: str, world: World | None = None, at: Expr | None = None) -> Term:
         """The term of a quantity in a world. Raises Problem."""
+        world = self.home if world is None else world
         swaps = dict(world.swaps)
         if name in swaps:
             return swaps[name]
         key = (name, world)
-        if key not in self.memo:
-            if key in self.active:
-                raise Problem(self._cycle(name, at))
-            self.active.append(key)
-            try:
-                self.memo[key] = self._derive(name, world, at)
-            finally:
-                self.active.pop()
-        return self.memo[key]
+        if key in self.memo:
+            return self.memo[key]
+        if key in self.active:
+            raise Problem(self._cycle(name, at))
+        self.active.append(key)
+        try:
+            term = self._derive(name, world, at)
+        finally:
+            self.active.pop()
+        if not self.drawing:  # inside a law its draws have no names yet
+            self.memo[key] = term
+        return term
 
     def _derive(self, name: str, world: World, at) -> Term:
         self.read_names.add(name)
@@ -146,10 +163,14 @@ class Derivation:
 
     def _equation(self, equation: Equation, version: int, world: World) -> Term:
         self.read_equations.add(equation)
-        if equation.form == "~":
-            return self._draw(equation, world)
-        inner = world.cap(**{equation.name: version - 1}) if version else world
-        return self.value(equation.value, Frame(equation.scope, {}, inner))
+        try:
+            if equation.form == "~":
+                return self._draw(equation, world)
+            inner = world.cap(**{equation.name: version - 1}) if version else world
+            return self.value(equation.value, Frame(equation.scope, {}, inner))
+        except Problem as problem:
+            problem.trail.append(equation)
+            raise
 
     def _kind(self, name: str) -> str:
         """The kind a given quantity has: that of its own equation."""
@@ -160,9 +181,24 @@ class Derivation:
         law_world = World(plain=world.plain & {ALL}).cap(**equation.before)
         key = ("~", equation.name, law_world.plain)
         if key not in self.memo:
-            law = self.value(equation.value, Frame(equation.scope, {}, law_world))
-            self.memo[key] = _name_streams(law, equation.name)
+            self.memo[key] = self.law(equation, law_world)
         return self.memo[key]
+
+    def law(self, equation: Equation, world: World = HERE) -> Term:
+        """What an equation says when it is read as a law, its base draws named after it."""
+        outside, self.drawing = self.drawing, True
+        try:
+            law = self.number(equation.value, Frame(equation.scope, {}, world))
+        finally:
+            self.drawing = outside
+        return _name_streams(law, equation.name)
+
+    def stream(self, kind: str, law: str, args, expr: Expr) -> Term:
+        """A base draw of its own, not named yet."""
+        if not self.drawing:
+            raise Problem(self._not_drawn(expr))
+        self.streams += 1
+        return leaf("draw", kind, *args, span=expr.span, law=law, name="", stream=self.streams)
 
     def row(self, world: World) -> tuple[Term, Term]:
         """(a, b) of `target = a * x0 + b * eps`, from the prediction's own equation."""
@@ -172,8 +208,8 @@ class Derivation:
         target = self.read("target", inner)
         try:
             found = linear(target, frozenset((x0, eps)))
-        except NotLinear as problem:
-            raise Problem(self._not_linear(problem.term)) from None
+        except NotLinear:
+            raise Problem(self._not_linear()) from None
         return found.get(x0, const(0)), found.get(eps, const(0))
 
     # ---- expressions
@@ -233,6 +269,7 @@ class Derivation:
             return leaf("module", "module", name=name)
         parameter = frame.scope.home.find("param", path)
         if parameter is not None:
+            self._check_circle(parameter)
             self.read_equations.add(parameter)
             return self.value(parameter.node.default, Frame(frame.scope, {}, HERE))
         function = frame.scope.home.find("function", path)
@@ -254,7 +291,9 @@ class Derivation:
     def _force(self, bound, world: World):
         if not isinstance(bound, Thunk):
             return bound
-        return self.value(bound.value, Frame(bound.scope, dict(bound.env), world))
+        if world not in bound.memo:
+            bound.memo[world] = self.value(bound.value, Frame(bound.scope, dict(bound.env), world))
+        return bound.memo[world]
 
     # ---- calls
 
@@ -309,6 +348,7 @@ class Derivation:
         still = tuple(n for n in function.open if n not in bound)
         if still:
             return Function(function.definition, bound, still)
+        self._check_circle(function.definition)
         self.read_equations.add(function.definition)
         scope = Scope(function.definition.name, function.definition.home)
         env = {
@@ -325,7 +365,11 @@ class Derivation:
         wanted = LAWS[expr.dotted].partition(":")[0].count(",") + 1
         args = self._positional(expr, frame, wanted)
         kind = args[0].kind if expr.dotted == "noise" else "sample"
-        return leaf("draw", kind, *args, span=expr.span, law=expr.dotted, name="")
+        return self.stream(kind, expr.dotted, args, expr)
+
+    def _check_circle(self, definition: Definition) -> None:
+        if chain := circle(definition):
+            raise Problem(circular(chain))
 
     # ---- what is wrong, in words
 
@@ -342,7 +386,7 @@ class Derivation:
         slot = {"target": "prediction_type", "alpha": "process", "sigma": "process", "t": "process"}
         hint = f"add `{slot[name]} = …`" if name in slot else f"define it: `{name} = …`"
         last = self.equations.versions[self.active[-2][0]][-1] if len(self.active) > 1 else None
-        span = at.span if at is not None else last.span if last else None
+        span = at.span if at is not None else (last or self.equations.versions["loss"][-1]).span
         text = f"nothing here defines `{name}`"
         return Finding("DIF123", text, Label(span), because=because, help=hint)
 
@@ -355,18 +399,24 @@ class Derivation:
         hint = f"write `{close}`" if close else "define it here, or add it as a parameter"
         return Finding("DIF120", f"there is no `{name}`", Label(span), help=hint)
 
-    def _not_linear(self, term: Term) -> Finding:
+    def _not_linear(self) -> Finding:
         equation = self.equations.versions["target"][0]
         return Finding(
             "DIF202",
             "the target is not a multiple of `x0` plus a multiple of `eps`",
-            Label(term.span or equation.span),
+            Label(equation.span),
             because="clean data and noise are recovered by solving two linear equations",
             help="write `target = a * x0 + b * eps`, and what bends it as `target' = …`",
         )
 
     def _no_number(self, expr) -> Finding:
         return Finding("DIF124", f"`{expr.span.text}` is not a number here", Label(expr.span))
+
+    def _not_drawn(self, expr: Call) -> Finding:
+        text = f"`{expr.span.text}` is a law, and here a number is needed"
+        because = "a draw has a name, so that it is drawn once and shared"
+        hint = f"draw it first: `name ~ {expr.span.text}`, and read `name` here"
+        return Finding("DIF128", text, Label(expr.span), because=because, help=hint)
 
     def _left_open(self, function: Function, expr) -> Finding:
         names = ", ".join(f"`{n}`" for n in function.open)
@@ -437,7 +487,7 @@ def _again(self: Derivation, expr: Call, frame: Frame) -> Term:
 
     def fresh(term: Term, args):
         if term.op == "draw":
-            return leaf("draw", term.kind, *args, span=expr.span, law=term["law"], name="")
+            return self.stream(term.kind, term["law"], args, expr)
 
     return rebuild(law, fresh)
 

@@ -23,8 +23,8 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message says which, why, and what to do."""
 
 
-def fresh(weights: Tensor, seed: int) -> dict[str, Tensor]:
-    """The state before the first step, around the weights [P]."""
+def fresh(weights: Tensor, seed: int, steps: int) -> dict[str, Tensor]:
+    """The state before the first step of a run of `steps`, around the weights [P]."""
     device = weights.device
     state = {
         "weights": weights,
@@ -32,6 +32,7 @@ def fresh(weights: Tensor, seed: int) -> dict[str, Tensor]:
         "second": torch.zeros_like(weights),
         "average": weights.clone(),
         "scale": torch.tensor(SCALE, device=device),
+        "steps": torch.tensor(steps, dtype=torch.int64, device=device),
         "seed": torch.tensor(seed, dtype=torch.int64, device=device),
     }
     return state | {n: torch.zeros((), dtype=torch.int64, device=device) for n in COUNTERS}

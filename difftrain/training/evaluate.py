@@ -1,0 +1,143 @@
+"""What a run shows of itself: sample grids, and losses on pictures it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difftrain.compiler.draws import Draws
+from difftrain.language.options import Run
+from difftrain.sampling import grids, solvers
+from difftrain.sampling.model import Sampler
+from difftrain.training.bundle import Bundle
+from difftrain.training.parts import Parts
+
+ROUNDS = 8  # times and noises each held-out picture is seen at
+SEED = 20_231  # of the fixed draws of every validation
+
+
+@dataclass(frozen=True, eq=False)
+class Programs:
+    """The emitted modules of a bundle with their tables on a device."""
+
+    step: object
+    estimates: object
+    levels: object
+    tables: Mapping[str, Mapping[str, Tensor]]
+
+
+def programs(bundle: Bundle, device) -> Programs:
+    """Loads the emitted sources; tables are computed in float64 and kept in fp32."""
+    modules = {n: bundle.module(f"{n}.py") for n in ("step", "estimates", "levels")}
+    tables = {
+        name: {k: v.to(device, torch.float32) for k, v in module.tables().items()}
+        for name, module in modules.items()
+    }
+    return Programs(**modules, tables=tables)
+
+
+# ---- samples
+
+
+def times(law: tuple[str, float, float], solver) -> Tensor:
+    """The time grid of a solver for an index process ("index", 0, N) or a continuous one."""
+    kind, low, high = law
+    options = dict(solver.options)
+    if kind == "index":
+        return getattr(grids, options.get("grid", "trailing"))(options["steps"], int(high))
+    return grids.shifted(options["steps"], options.get("shift", 1.0), start=high, end=low)
+
+
+@torch.no_grad()
+def sample(
+    bundle: Bundle,
+    made: Programs,
+    parts: Parts,
+    weights: Tensor,
+    options: Run,
+    prompts: list[str],
+    size: int,
+) -> Tensor:
+    """Pictures [N, 3, size, size] of the prompts, from the given weights [P]; no state is touched."""
+    device = weights.device
+    nets = parts.plan.bind(parts.modules, weights)
+    cond = null = None
+    if parts.text is not None:
+        cond = nets["text"](parts.text.ids(prompts).to(device))
+        null = nets["text"](parts.null_ids(device))
+    model = Sampler(
+        made.estimates.compute, made.levels.compute, nets, made.tables, cond, null, options["guidance"]
+    )
+    solver = options["solver"]
+    grid = times(tuple(bundle.manifest["time"]), solver).to(device)
+    draws = solvers.Draws(options["seed"], torch.arange(len(prompts), device=device))
+    like = torch.zeros(len(prompts), *parts.codec.shape(size), device=device)
+    x = solvers.start(model, like, grid, draws)
+    extra = {"eta": solver.options["eta"]} if "eta" in solver.options else {}
+    return parts.codec.decode(getattr(solvers, solver.module)(model, x, grid, draws, **extra))
+
+
+# ---- losses
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean losses on held-out pictures at fixed draws, nothing dropped: with their own captions,
+    with another picture's, and of a network that always returns the mean of its target."""
+
+    loss: float
+    shuffled: float
+    mean: float
+
+    def __str__(self) -> str:
+        lines = [
+            f"validation loss {self.loss:.4f}, predicting the mean {self.mean:.4f}"
+            f" ({self.loss / self.mean:.1%} of it)"
+        ]
+        if self.shuffled == self.shuffled:
+            margin = (self.shuffled - self.loss) / self.loss
+            lines.append(
+                f"with another picture's caption {self.shuffled:.4f}: the right caption lowers the"
+                f" loss by {margin:.1%}"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def validate(
+    made: Programs, parts: Parts, weights: Tensor, latents: Tensor, ids: Tensor | None
+) -> Validation:
+    """The losses on latents [N, C, h, w] with token ids [N, T]."""
+    nets = parts.plan.bind(parts.modules, weights)
+    cond = None if ids is None else nets["text"](ids.to(weights.device))
+    latents = latents.to(weights.device)
+
+    def loss(network: Callable, condition) -> float:
+        return sum(_round(made, network, latents, condition, k) for k in range(ROUNDS)) / ROUNDS
+
+    other = None if cond is None else cond.roll(len(cond) // 2 or 1, 0)
+    shuffled = float("nan") if cond is None else loss(nets["student"], other)
+    mean = loss(_mean_network(made, latents.mean(0, keepdim=True)), cond)
+    return Validation(loss(nets["student"], cond), shuffled, mean)
+
+
+def _round(made: Programs, network, latents: Tensor, cond, k: int) -> float:
+    draw = Draws(SEED, k, torch.arange(len(latents), device=latents.device))
+    inputs = {"x0": latents, "cond": cond, "null": cond, "step": torch.zeros((), device=latents.device)}
+    values = made.step.compute(inputs, draw, {"student": network}, made.tables["step"])
+    return values["loss"].float().mean().item()
+
+
+def _mean_network(made: Programs, mean: Tensor) -> Callable:
+    """A network that returns the mean of its target at every time: row_a(t) times the mean of x0."""
+
+    def network(x: Tensor, t: Tensor, cond=None, **extra) -> Tensor:
+        inputs = {"t": t, "step": torch.zeros((), device=x.device)}
+        values = made.levels.compute(inputs, None, {}, made.tables["levels"])
+        share = torch.as_tensor(values["row_a"], device=x.device).expand(len(x))
+        return share.reshape(-1, *(1,) * (x.dim() - 1)) * mean + torch.zeros_like(x)
+
+    return network
