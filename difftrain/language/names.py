@@ -70,13 +70,13 @@ class Names:
         return [d for names in (self, *self.prelude) for d in names.own.values() if d.kind == kind]
 
 
-def collect(tree: Tree, found: list[Finding], shipped: bool = False) -> Names:
-    """The names of a file, with what it imports read as well."""
+def collect(tree: Tree, found: list[Finding], shipped: bool = False, chain=()) -> Names:
+    """The names of a file, with what it imports read as well; `chain` are the files that import it."""
     names = Names(tree.source.path, shipped)
     for node in tree.body:
         match node:
             case Import():
-                _import(node, names, found)
+                _import(node, names, found, chain)
             case Block(kind="prelude") if shipped:
                 names.own["prelude", ""] = Definition("prelude", node, names)
             case Block(kind=kind) if kind in LIBRARY_KINDS or kind == "objective":
@@ -132,7 +132,7 @@ def _loose(node: Define) -> Finding:
     )
 
 
-def _import(node: Import, names: Names, found: list[Finding]) -> None:
+def _import(node: Import, names: Names, found: list[Finding], chain: tuple[str, ...]) -> None:
     alias = node.alias or node.path[-1]
     target, choices = locate(node.path, names.path)
     if target is None:
@@ -144,9 +144,18 @@ def _import(node: Import, names: Names, found: list[Finding]) -> None:
         found.append(Finding("DIF104", text, Label(node.span), help=hint))
     elif node.path[0] == "std":
         names.spaces[alias] = _shipped(target.name)
+    elif str(target) in (chain := (*chain, names.path)):
+        found.append(_imports_itself(node, [*chain, str(target)]))
     else:
-        source = Source(str(target), target.read_text(encoding="utf-8"))
-        names.spaces[alias] = collect(parse(source, found), found)
+        source = Source(str(target), target.read_text(encoding="utf-8", errors="replace"))
+        names.spaces[alias] = collect(parse(source, found), found, chain=chain)
+
+
+def _imports_itself(node: Import, chain: list[str]) -> Finding:
+    names = " -> ".join(Path(path).stem for path in chain[chain.index(chain[-1]) :])
+    text = "this import leads back to the file that imports it"
+    hint = "move what both files need into a third one"
+    return Finding("DIF107", text, Label(node.span), because=names, help=hint)
 
 
 def locate(path: tuple[str, ...], beside: str):
@@ -165,12 +174,22 @@ def locate(path: tuple[str, ...], beside: str):
     return (target if target.is_file() else None), choices
 
 
+_SHIPPED: set[Source] = set()
+
+
+def is_shipped(span: Span) -> bool:
+    """Whether a place is in the standard library."""
+    return span.source in _SHIPPED
+
+
 @cache
 def _shipped(file_name: str) -> Names:
     """The names of one file of the standard library."""
     found: list[Finding] = []
     text = (folder("specs") / "std" / file_name).read_text(encoding="utf-8")
-    names = collect(parse(Source(f"std/{file_name}", text), found), found, shipped=True)
+    source = Source(f"std/{file_name}", text)
+    _SHIPPED.add(source)
+    names = collect(parse(source, found), found, shipped=True)
     if found:
         raise RuntimeError(f"the standard library is broken: {found}")
     return names

@@ -27,7 +27,7 @@ def quantile(draw: Term, args: list, u: float) -> float | bool:
             mean, std = args
             return mean + std * (NORMAL.inv_cdf(u) if 0 < u < 1 else math.copysign(math.inf, u - 0.5))
         case "integer":
-            return min(int(args[0] * u), int(args[0]) - 1)
+            return min(int(args[0] * u + 1e-6), int(args[0]) - 1)
         case "bernoulli":
             return u >= 1 - args[0]
         case "choice":

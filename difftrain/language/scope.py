@@ -24,6 +24,7 @@ from difftrain.language.tree import (
     Name,
     Redefine,
     Span,
+    Text,
 )
 
 # Quantities without an equation of their own in the prelude.
@@ -31,6 +32,7 @@ GIVEN = ("x0", "cond", "null", "step", "image", "tap", "metadata")
 OPEN = ("t", "alpha", "sigma", "target", "r")
 NETS = ("student", "teacher")
 DERIVED = ("row_a", "row_b")
+REMARKS = ("needs", "help")  # what a block says about its use
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,16 @@ class Use:
     scope: Scope  # where its arguments are read
 
 
+@dataclass(frozen=True, eq=False)
+class Need:
+    """What a block in use takes for granted, and what to write where it does not hold."""
+
+    use: Use
+    condition: Expr
+    scope: Scope
+    help: str = ""
+
+
 @dataclass(eq=False)
 class Equations:
     """All versions of all quantities of one objective, and every use that made them."""
@@ -74,7 +86,7 @@ class Equations:
     scopes: dict[str, Scope] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     quantities: set[str] = field(default_factory=set)
-    needs: list[tuple[Use, Expr, Scope]] = field(default_factory=list)
+    needs: list[Need] = field(default_factory=list)
     replaced: list[Equation] = field(default_factory=list)  # restated by a later layer
 
     def base(self, equation: Equation) -> None:
@@ -109,9 +121,18 @@ def parts(value):
 
 def lineage(definition: Definition) -> list[Definition]:
     """The blocks that a block is made `from`, the first one first, then itself."""
-    node = definition.node
-    base = definition.home.find(definition.kind, node.base) if node.base else None
-    return [*(lineage(base) if base else []), definition]
+    line = [definition]
+    while base := base_of(line[0]):
+        if base in line:  # a circle, which is a finding of its own
+            break
+        line.insert(0, base)
+    return line
+
+
+def base_of(definition: Definition) -> Definition | None:
+    """The block that a block is made `from`."""
+    path = definition.node.base
+    return definition.home.find(definition.kind, path) if path else None
 
 
 def formals(definition: Definition) -> dict[str, tuple[Formal, Definition]]:
@@ -171,7 +192,7 @@ def add_use(equations: Equations, use: Use, found: list[Finding], layer: str) ->
     made = {
         s.name
         for s in statements
-        if isinstance(s, (Define, Draw)) and s.name not in equations.quantities and s.name != "needs"
+        if isinstance(s, (Define, Draw)) and s.name not in {*equations.quantities, *REMARKS}
     }
     bound = bind(use, found)
     local = {name: f"{label}.{name}" for name in (*bound, *made)}
@@ -203,11 +224,16 @@ def add_statements(equations, statements, scope, found, layer, use=None) -> None
     """Adds statements of one block, in order."""
     primed = {s.name for s in statements if isinstance(s, Redefine)}
     before = {n: equations.newest(n) for n in primed if n in equations.versions}
+    remarks = {s.name: s.value for s in statements if isinstance(s, Define) and s.name in REMARKS}
+    if use is not None and "needs" in remarks:
+        advice = remarks["help"].value if isinstance(remarks.get("help"), Text) else ""
+        needs = remarks["needs"]
+        items = needs.items if isinstance(needs, ListOf) else (needs,)
+        equations.needs += [Need(use, item, scope, advice) for item in items]
     for node in statements:
-        if isinstance(node, Define) and node.name == "needs" and use is not None:
-            items = node.value.items if isinstance(node.value, ListOf) else (node.value,)
-            equations.needs += [(use, item, scope) for item in items]
-        elif isinstance(node, (Define, Draw)):
+        if use is not None and isinstance(node, Define) and node.name in REMARKS:
+            continue
+        if isinstance(node, (Define, Draw)):
             _base(equations, node, scope, found, layer, before)
         elif isinstance(node, Redefine):
             _prime(equations, node, scope, found)

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from difftrain.language.derive import Derivation, Problem
-from difftrain.language.finding import Finding, Label, SpecError
+from difftrain.language.finding import Finding, Fix, Label, SpecError
 from difftrain.language.names import RUN_KINDS, Names, collect, standard
+from difftrain.language.nearest import nearest
 from difftrain.language.options import Run, read_run
 from difftrain.language.part import Part
 from difftrain.language.scope import (
@@ -118,9 +119,22 @@ def build(tree: Tree, names: Names, found: list[Finding]) -> Spec:
             continue
         if node.kind == "objective":
             objectives[node.name or ""] = build_objective(node, names, found)
+        elif node.kind in runs:
+            found.append(_second_run(node, runs[node.kind]))
         elif node.kind in RUN_KINDS:
             runs[node.kind] = read_run(node, names, found)
     return Spec(tree.source.path, tree, names, objectives, runs)
+
+
+def _second_run(block: Block, first: Run) -> Finding:
+    return Finding(
+        "DIF145",
+        f"there are two `{block.kind}` blocks",
+        Label(block.head),
+        (Label(first.span, "the first one"),),
+        because="it would not be clear which of the two counts",
+        help="write all options into one of them",
+    )
 
 
 def build_objective(block: Block, names: Names, found: list[Finding]) -> Objective:
@@ -132,7 +146,7 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     base = [s for s in prelude.node.body if isinstance(s, (Define, Draw))]
     equations.quantities = {s.name for s in base} | {*GIVEN, *OPEN}
     add_statements(equations, base, Scope("", prelude.home), found, "base")
-    slots, body = _split(block)
+    slots, body = _split(block, found)
     uses = {slot: _uses(slots[slot], kind, scope, found) for slot, kind in SLOTS.items() if slot in slots}
     for use in (*uses.get("process", ()), *uses.get("prediction_type", ())):
         add_use(equations, use, found, "base")
@@ -148,11 +162,32 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     return Objective(block.name or "", block, names, equations, uses, backbone)
 
 
-def _split(block: Block) -> tuple[dict[str, Define], list]:
+def _split(block: Block, found: list[Finding]) -> tuple[dict[str, Define], list]:
     """The slots of an objective, and its other statements."""
     wanted = (*SLOTS, "backbone")
     slots = {s.name: s for s in block.body if isinstance(s, Define) and s.name in wanted}
-    return slots, [s for s in block.body if not (isinstance(s, Define) and s.name in wanted)]
+    body = [s for s in block.body if not (isinstance(s, Define) and s.name in wanted)]
+    for slot in wanted:
+        if slot not in slots and (meant := _misspelt(slot, body)):
+            body.remove(meant)
+            slots[slot] = meant
+            found.append(_no_such_slot(meant, slot))
+    return slots, body
+
+
+def _misspelt(slot: str, body: list) -> Define | None:
+    """The statement that was meant to fill a slot."""
+    near = (s for s in body if isinstance(s, Define) and nearest(s.name, [slot], MEANT))
+    return next(near, None)
+
+
+MEANT = {"prediction": "prediction_type", "strategies": "strategy", "network": "backbone"}
+MEANT |= {"model": "backbone", "schedule": "process", "scheduler": "process"}
+
+
+def _no_such_slot(node: Define, slot: str) -> Finding:
+    text = f"an objective has no `{node.name}`"
+    return Finding("DIF108", text, Label(node.head), help=f"write `{slot}`", fix=Fix(node.head, slot))
 
 
 EXAMPLES = {"process": "linear", "prediction_type": "flow", "backbone": "custom"}
