@@ -1,0 +1,170 @@
+"""What a loss weighs: the factor of its squared error, carried to the space of the prediction.
+
+A loss is a sum of terms `factor * mean(residual^2)`. Where a residual is a multiple c of
+`pred - target` the term is `factor * c^2 * mean((pred - target)^2)`, whatever it was stated on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+
+from difftrain.language.algebra import linear, linear_leaves, simplify
+from difftrain.language.derive import Derivation
+from difftrain.language.numbers import constant, points, values
+from difftrain.language.term import Term, const, is_const, make, rebuild, walk
+
+REDUCTIONS = ("mean", "sum")
+TRAINED = ("network", "jvp")
+
+
+@dataclass(frozen=True, eq=False)
+class Weighting:
+    """`loss = weight * reduction((pred - target)^2) + rest`; weight is None where no part of the
+    loss has this form, or where its parts are reduced in different ways."""
+
+    weight: Term | None
+    reduction: str
+    rest: tuple[Term, ...]
+
+
+def weighting(derivation: Derivation) -> Weighting:
+    """How the loss of a derivation weighs its squared error. Raises Problem."""
+    loss, pred, target, *atoms = (
+        derivation.read(n) for n in ("loss", "pred", "target", "alpha", "sigma")
+    )
+    error = make("sub", pred, target)
+    found: dict[str, list[Term]] = {}
+    rest = []
+    for factor, part in pieces(loss):
+        residual = squared(part)
+        ratio = residual and proportion(residual, error, frozenset(atoms))
+        if ratio is None:
+            rest.append(factor * part)
+        else:
+            found.setdefault(part.op, []).append(factor * ratio**2)
+    if len(found) != 1:
+        return Weighting(None, ", ".join(found), tuple(rest))
+    ((reduction, weights),) = found.items()
+    return Weighting(simple(reduce(add, weights), frozenset(atoms)), reduction, tuple(rest))
+
+
+def pieces(term: Term) -> list[tuple[Term, Term]]:
+    """(factor, part) of a sum, where no factor depends on what is trained."""
+    match term.op, term.args:
+        case "add", (left, right):
+            return pieces(left) + pieces(right)
+        case "sub", (left, right):
+            return pieces(left) + [(-factor, part) for factor, part in pieces(right)]
+        case "neg", (inner,):
+            return [(-factor, part) for factor, part in pieces(inner)]
+        case "mul", (left, right) if not trained(left):
+            return [(left * factor, part) for factor, part in pieces(right)]
+        case "mul", (left, right) if not trained(right):
+            return [(right * factor, part) for factor, part in pieces(left)]
+        case "div", (above, below) if not trained(below):
+            return [(factor / below, part) for factor, part in pieces(above)]
+    return [(const(1), term)]
+
+
+def trained(term: Term) -> bool:
+    """Whether a network is under the term, stopped or not."""
+    return any(t.op in TRAINED for t in walk(term))
+
+
+def squared(term: Term) -> Term | None:
+    """The residual of `mean((a - b)^2)`."""
+    if term.op not in REDUCTIONS:
+        return None
+    (power,) = term.args
+    is_square = power.op == "pow" and is_const(power.args[1], 2)
+    return power.args[0] if is_square and power.args[0].op == "sub" else None
+
+
+def proportion(residual: Term, error: Term, atoms: frozenset[Term]) -> Term | None:
+    """c where the residual is c * error for every x0, eps and output; else None."""
+    leaves = linear_leaves(residual) | linear_leaves(error)
+    left, right = linear(residual, leaves), linear(error, leaves)
+    outputs = [t for t in leaves if t.op == "network" and t in left and t in right]
+    if not outputs:
+        return None
+    top, bottom = left[outputs[0]], right[outputs[0]]
+    zero = const(0)
+    crossed = [
+        pair
+        for leaf in {*left, *right}
+        for pair in ((left.get(leaf, zero), bottom), (right.get(leaf, zero), top))
+    ]
+    return simple(top / bottom, atoms) if _equal_products(crossed) else None
+
+
+def _equal_products(pairs: list[tuple[Term, Term]]) -> bool:
+    """Whether the products of neighbouring pairs are equal, at points inside the support."""
+    entries = [entry for pair in pairs for entry in pair]
+    at = points(*entries)
+    inner = at[1:-1][:: max(1, len(at) // 16)] or at
+    for row in values(entries, inner):
+        products = [a * b for a, b in zip(row[::2], row[1::2], strict=True)]
+        for a, b in zip(products[::2], products[1::2], strict=True):
+            if not math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12):
+                return False
+    return True
+
+
+def simple(term: Term, atoms: frozenset[Term]) -> Term:
+    """An equal term, with what cancels cancelled and `alpha^2 + sigma^2` known where it is fixed."""
+    return simplify(term, atoms, lambda t: constant(t, points(t)))
+
+
+def in_spaces(weight: Term, derivation: Derivation) -> dict[str, Term]:
+    """The weight as it would be written on other residuals: an error of pred is
+    -det / sigma times one of x0_hat and det / alpha times one of eps_hat."""
+    alpha, sigma, det = (derivation.read(n) for n in ("alpha", "sigma", "det"))
+    carried = {
+        "pred": weight,
+        "x0_hat": weight * (det / sigma) ** 2,
+        "eps_hat": weight * (det / alpha) ** 2,
+        "v": weight * det**2 / (alpha**2 + sigma**2),
+    }
+    return {space: simple(term, frozenset((alpha, sigma))) for space, term in carried.items()}
+
+
+def forwards(loss: Term) -> tuple[int, int, int]:
+    """How many forwards of a network one step makes: with gradient, without, and with a
+    forward-mode derivative (counted among the others as well)."""
+    loss = _plain(loss)
+    live, stack = set(), [loss]
+    while stack:
+        term = stack.pop()
+        if term not in live:
+            live.add(term)
+            stack.extend(term.args if term.op != "stop" else ())
+    networks = {t for t in walk(loss) if t.op == "network" and not _moving(t)}
+    derivatives = sum(t.op == "jvp" for t in walk(loss))
+    unshared = sum(t.op == "jvp" and not _primal(t) & networks for t in walk(loss))
+    return len(networks & live), len(networks - live) + unshared, derivatives
+
+
+def _plain(loss: Term) -> Term:
+    """The loss without `stop` around what needs no gradient anyway."""
+    def change(term: Term, args: tuple[Term, ...]) -> Term | None:
+        return args[0] if term.op == "stop" and not trained(args[0]) else None
+
+    return rebuild(loss, change)
+
+
+def _moving(network: Term) -> bool:
+    return any(t.op == "variable" for t in walk(network))
+
+
+def _primal(derivative: Term) -> set[Term]:
+    """The forwards inside a derivative, at the point where it is taken."""
+    body, *rest = derivative.args
+    count = (len(rest)) // 3
+    at = dict(zip(rest[:count], rest[count : 2 * count], strict=True))
+    return {t for t in walk(rebuild(body, lambda t, args: at.get(t))) if t.op == "network"}
+
+
+__all__ = ["Weighting", "forwards", "in_spaces", "proportion", "weighting"]
