@@ -179,32 +179,30 @@ def _sample(moving: list[Term], wanted: list[Term], i: int) -> dict[Term, object
 
 @dataclass(frozen=True)
 class Likeness:
-    """`second = factor * first` up to a relative `spread` (0: everywhere the same multiple)."""
+    """`second = factor * first` up to a relative `spread` (0: everywhere the same multiple);
+    `pairs` holds (lambda, first, second)."""
 
     factor: float
     spread: float
+    pairs: tuple[tuple[float, float, float], ...]
 
 
 def compare(first: Curve, second: Curve) -> Likeness | None:
     """How w(lambda) of two curves differ over the levels that both train; None where there are none."""
-    if first.kind == "exact":
-        return _ratio(_values_at(first, [r.logsnr for r in second.rows]), [r.w for r in second.rows])
-    return _ratio([r.w for r in first.rows], _values_at(second, [r.logsnr for r in first.rows]))
-
-
-def _ratio(first: list[float], second: list[float]) -> Likeness | None:
+    levels = [r.logsnr for r in (second if first.kind == "exact" else first).rows]
     pairs = [
-        (a, b)
-        for a, b in zip(first, second, strict=True)
+        (level, a, b)
+        for level, a, b in zip(levels, _values_at(first, levels), _values_at(second, levels), strict=True)
         if math.isfinite(a) and math.isfinite(b) and (a, b) != (0, 0)
     ]
     if not pairs:
         return None
-    if any(a == 0 or b == 0 for a, b in pairs):
-        return Likeness(math.nan, math.inf)
-    ratios = sorted(b / a for a, b in pairs)
+    if any(a == 0 or b == 0 for _, a, b in pairs):
+        return Likeness(math.nan, math.inf, tuple(pairs))
+    ratios = sorted(b / a for _, a, b in pairs)
     middle = ratios[len(ratios) // 2]
-    return Likeness(middle, max(ratios[-1] / middle, middle / ratios[0]) - 1)
+    spread = max(ratios[-1] / middle, middle / ratios[0]) - 1
+    return Likeness(middle, spread, tuple(pairs))
 
 
 def _values_at(line: Curve, levels: list[float]) -> list[float]:

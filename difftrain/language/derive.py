@@ -543,7 +543,7 @@ def _network(self: Derivation, expr: Call, frame: Frame) -> Term:
     read = lambda n: self.read(n, frame.world, expr)  # noqa: E731
     extra = [self.read("c_noise", frame.world.swap({"t": read(n)}), expr) for n in self.times[1:]]
     extra += [read(n) for n in self.inputs]
-    names = (*self.times[1:], *self.inputs)
+    names = tuple(n.rpartition(".")[2] for n in (*self.times[1:], *self.inputs))
     return leaf(
         "network", "field", read("net"), x, tau, cond, read("dropout"), *extra,
         span=expr.span, extras=names,

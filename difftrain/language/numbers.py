@@ -6,6 +6,7 @@ Enough to decide where a determinant vanishes or a weight is unbounded, without 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import product as combinations
 from statistics import NormalDist
 
@@ -15,6 +16,7 @@ from difftrain.language.term import Term, walk
 NORMAL = NormalDist()
 QUANTILES = tuple(i / 32 for i in range(33))
 COARSE = (0.03, 0.31, 0.64, 0.97)
+ENDS = (0, 0.31, 0.64, 1)
 
 
 def quantile(draw: Term, args: list, u: float) -> float | bool:
@@ -108,12 +110,12 @@ def draws(*terms: Term) -> list[Term]:
     return sorted(found, key=lambda t: t["name"])
 
 
-def points(*terms: Term, step: float = 1000.0) -> list[dict[Term, object]]:
+def points(*terms: Term, step: float = 1000.0, coarse=COARSE) -> list[dict[Term, object]]:
     """Values for the draws under the terms: a fine grid for one draw (every index of a discrete
     one), a coarse one for several. The ends of the support come first and last."""
     leaves = draws(*terms)
     step_leaf = {t: step for t in walk(*terms) if t.op == "input" and t["name"] == "step"}
-    grid = QUANTILES if len(leaves) == 1 else COARSE
+    grid = QUANTILES if len(leaves) == 1 else coarse
     result = []
     for levels in combinations(*(_levels(leaf, grid, step_leaf) for leaf in leaves[:4])):
         known = dict(step_leaf)
@@ -130,6 +132,40 @@ def _levels(leaf: Term, grid, known) -> tuple[float, ...]:
         n = value(leaf.args[0], known)
         return tuple(i / n for i in range(int(n)))
     return grid
+
+
+@dataclass(frozen=True)
+class Support:
+    """Values of a law in ascending order, its ends included; `whole` where they are indices."""
+
+    values: tuple[float, ...] = ()
+    whole: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.values)
+
+    @property
+    def low(self) -> float:
+        return self.values[0]
+
+    @property
+    def high(self) -> float:
+        return self.values[-1]
+
+    @property
+    def middle(self) -> float:
+        return self.values[len(self.values) // 2]
+
+
+def support(term: Term) -> Support:
+    """The values that a term takes; none where they cannot be told before a run."""
+    rows = values([term], points(term, coarse=ENDS))
+    numbers = [row[0] for row in rows]
+    if any(not isinstance(n, (int, float)) or math.isnan(n) for n in numbers):
+        return Support()
+    counted = any(leaf["law"] in ("integer", "choice") for leaf in draws(term))
+    whole = counted and all(math.isfinite(n) and n == int(n) for n in numbers)
+    return Support(tuple(sorted(set(numbers))), whole)
 
 
 def constant(term: Term, at: list[dict[Term, object]]) -> float | None:

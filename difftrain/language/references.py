@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import LIBRARY_KINDS, OPTION_KINDS, Definition, Names
 from difftrain.language.scope import parts
-from difftrain.language.tree import Block, Call, Define, Draw, Expr, Name, Param, Redefine, Statement
+from difftrain.language.tree import (
+    Block,
+    Call,
+    Define,
+    Draw,
+    Expr,
+    Name,
+    Param,
+    Redefine,
+    Statement,
+)
 
 FOLLOWED = {k: ("function", "param") for k in ("function", "param")}
 FOLLOWED |= {k: ("param", *LIBRARY_KINDS, *OPTION_KINDS) for k in ("backbone", "encoder", "codec")}

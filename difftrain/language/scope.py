@@ -188,7 +188,7 @@ def add_use(equations: Equations, use: Use, found: list[Finding], layer: str) ->
     """Adds the equations of a block in use. `layer` is "base", or "strategy", which only redefines."""
     label = use.label
     chain = lineage(use.definition)
-    statements = [s for d in chain for s in _once(equations, use, d).body]
+    statements = [s for d in chain for s in _once(equations, use, d).body if not is_function(s)]
     made = {
         s.name
         for s in statements
@@ -218,6 +218,11 @@ def choices(formal: Formal) -> tuple[str, ...]:
     if not isinstance(formal.domain, ListOf):
         return ()
     return tuple(item.dotted for item in formal.domain.items if isinstance(item, Name))
+
+
+def is_function(node) -> bool:
+    """Whether a statement defines a function, which no block may hold."""
+    return isinstance(node, Define) and node.formals is not None
 
 
 def add_statements(equations, statements, scope, found, layer, use=None) -> None:

@@ -21,6 +21,7 @@ from difftrain.language.scope import (
     Use,
     add_statements,
     add_use,
+    is_function,
 )
 from difftrain.language.syntax import parse
 from difftrain.language.term import Term
@@ -93,7 +94,7 @@ class Spec:
         if name in self.objectives:
             return self.objectives[name]
         listed = ", ".join(f"`{n}`" for n in self.objectives) or "none"
-        start = Label(_top(self.tree))
+        start = Label(top_line(self.tree))
         if name is None:
             text = f"this file has {len(self.objectives)} objectives, and one is needed"
         else:
@@ -105,7 +106,7 @@ class Spec:
         return self.tree.source.text
 
 
-def _top(tree: Tree):
+def top_line(tree: Tree):
     line_end = len(tree.source.line(1)) if tree.source.text else 0
     return Span(tree.source, 0, line_end)
 
@@ -167,6 +168,7 @@ def _split(block: Block, found: list[Finding]) -> tuple[dict[str, Define], list]
     wanted = (*SLOTS, "backbone")
     slots = {s.name: s for s in block.body if isinstance(s, Define) and s.name in wanted}
     body = [s for s in block.body if not (isinstance(s, Define) and s.name in wanted)]
+    body = [s for s in body if not is_function(s)]
     for slot in wanted:
         if slot not in slots and (meant := _misspelt(slot, body)):
             body.remove(meant)

@@ -142,8 +142,18 @@ def _neutral(op: str, args: tuple[Term, ...]) -> Term | None:
             return a
         case ("sub", (a, b)) if is_const(a, 0):
             return make("neg", b)
+        case ("add", (a, b)) if b.op == "neg":
+            return make("sub", a, b.args[0])
+        case ("add", (a, b)) if a.op == "neg":
+            return make("sub", b, a.args[0])
+        case ("sub", (a, b)) if b.op == "neg":
+            return make("add", a, b.args[0])
         case ("mul", (a, b)) if is_const(a, 0) or is_const(b, 0):
             return const(0)
+        case ("mul" | "div", (a, b)) if is_const(b, -1):
+            return make("neg", a)
+        case ("mul", (a, b)) if is_const(a, -1):
+            return make("neg", b)
         case ("mul", (a, b)) if is_const(b, 1):
             return a
         case ("mul", (a, b)) if is_const(a, 1):

@@ -18,6 +18,7 @@ from difftrain.language.term import Term, const, is_const, make, rebuild, walk
 
 REDUCTIONS = ("mean", "sum")
 TRAINED = ("network", "jvp")
+NUMBERS = 16384  # of one sample, where something depends on `numel(x0)`
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ def weighting(derivation: Derivation) -> Weighting:
         residual = squared(part)
         ratio = residual and proportion(residual, error, frozenset(atoms))
         if ratio is None:
-            rest.append(factor * part)
+            rest.append(-part if is_const(factor, -1) else factor * part)
         else:
             found.setdefault(part.op, []).append(factor * ratio**2)
     if len(found) != 1:
@@ -102,7 +103,7 @@ def proportion(residual: Term, error: Term, atoms: frozenset[Term]) -> Term | No
 
 def _equal_products(pairs: list[tuple[Term, Term]]) -> bool:
     """Whether the products of neighbouring pairs are equal, at points inside the support."""
-    entries = [entry for pair in pairs for entry in pair]
+    entries = [sized(entry) for pair in pairs for entry in pair]
     at = points(*entries)
     inner = at[1:-1][:: max(1, len(at) // 16)] or at
     for row in values(entries, inner):
@@ -115,7 +116,13 @@ def _equal_products(pairs: list[tuple[Term, Term]]) -> bool:
 
 def simple(term: Term, atoms: frozenset[Term]) -> Term:
     """An equal term, with what cancels cancelled and `alpha^2 + sigma^2` known where it is fixed."""
-    return simplify(term, atoms, lambda t: constant(t, points(t)))
+    short = simplify(term, atoms, lambda t: constant(t, points(t)))
+    return -short.args[1] if short.op == "mul" and is_const(short.args[0], -1) else short
+
+
+def sized(term: Term) -> Term:
+    """The term with a number for `numel(x0)`, which is known only when there is data."""
+    return rebuild(term, lambda t, args: const(NUMBERS) if t.op == "numel" else None)
 
 
 def in_spaces(weight: Term, derivation: Derivation) -> dict[str, Term]:

@@ -1,3 +1,0 @@
-"""The rules: what a declared objective must satisfy, one function each."""
-
-RULES = ()

@@ -1,0 +1,27 @@
+"""The rules: what a declared objective must satisfy, one function each.
+
+A rule appends what it finds, stays silent where it cannot tell, and leaves to an earlier rule what
+that one has said: so the order of the lists counts.
+"""
+
+from difftrain.language.rules import derived, inert, loss, path, run, shape, weights
+
+FILE_RULES = (shape.statements, shape.bases, shape.parameters, run.averaging, inert.definitions)
+RULES = (
+    derived.domains,
+    derived.given_times,
+    derived.meaning,
+    path.needs,
+    path.identity,
+    path.singular,
+    path.time_law,
+    loss.per_sample,
+    loss.gradient,
+    loss.weights_are_read,
+    loss.thrown_away,
+    weights.wrong_residual,
+    run.guidance,
+    inert.strategies,
+    inert.arguments,
+    inert.equations,
+)

@@ -1,0 +1,114 @@
+"""Rules about deriving: every equation has a meaning, every parameter is within its range."""
+
+from __future__ import annotations
+
+from difftrain.language.derive import HERE, Frame, Problem
+from difftrain.language.finding import Finding, Label
+from difftrain.language.names import is_shipped
+from difftrain.language.rules.case import Case
+from difftrain.language.scope import choices, formals
+from difftrain.language.spec import SLOTS
+from difftrain.language.term import Term
+from difftrain.language.tree import Name, Span
+from difftrain.language.values import check_domain
+
+
+def domains(case: Case, found: list[Finding]) -> None:
+    """Every argument that a spec writes is within the range its block gives."""
+    versions = case.objective.equations.versions
+    for use in case.objective.equations.uses:
+        for name, (formal, _) in formals(use.definition).items():
+            written = versions.get(f"{use.label}.{name}", [None])[0]
+            if formal.domain is None or written is None or is_shipped(written.span):
+                continue
+            words = choices(formal)
+            term = case.term(f"{use.label}.{name}")
+            if words and isinstance(written.value, Name) and written.value.dotted not in words:
+                check_domain(formal, written.value, written.value.dotted, found)
+            elif isinstance(term, Term) and term.op in ("const", "word"):
+                check_domain(formal, written.value, term.value, found)
+
+
+def given_times(case: Case, found: list[Finding]) -> None:
+    """The network is given every time that the objective has, and no other."""
+    backbone, versions = case.objective.backbone, case.objective.equations.versions
+    if backbone is None:
+        return
+    call = backbone.uses[0].call.span
+    if "r" in versions and "r" not in backbone.times:
+        earlier = Label(case.place(case.newest("r")), "this defines `r`")
+        text = "the network is not given `r`, the earlier time of this objective"
+        because = "what is learned depends on both times"
+        hint = f"write `{backbone.uses[0].definition.name}(times = [t, r])`"
+        found.append(Finding("DIF212", text, Label(call), (earlier,), because, hint))
+    for name in (*backbone.times, *backbone.inputs):
+        if name not in versions and case.term(name) is None:
+            text = f"the network is given `{name}`, which nothing defines"
+            hint = f"take `{name}` out of the list, or define it: `{name} = …`"
+            found.append(Finding("DIF213", text, Label(call), help=hint))
+
+
+def meaning(case: Case, found: list[Finding]) -> None:
+    """The loss, and every equation that the spec puts there, can be derived."""
+    derivation = case.objective.derivation()
+    for name, cap in _everything(case):
+        try:
+            derivation.read(name, HERE.cap(**{name: cap}) if cap is not None else HERE)
+        except Problem as problem:
+            _report(case, problem, found)
+    for need in case.objective.equations.needs:
+        try:
+            if not need.use.definition.shipped:
+                derivation.value(need.condition, Frame(need.scope, {}, HERE))
+        except Problem as problem:
+            _report(case, problem, found)
+
+
+def _everything(case: Case):
+    yield "loss", None
+    for name, versions in case.objective.equations.versions.items():
+        for i, equation in enumerate(versions):
+            if not equation.scope.home.shipped:
+                yield name, i
+
+
+def _report(case: Case, problem: Problem, found: list[Finding]) -> None:
+    """Appends the finding of a problem, unless it follows from what was found before."""
+    finding = problem.finding
+    if _follows(case, finding, found):
+        return
+    if is_shipped(finding.at.span):
+        finding = _brought_home(case, problem)
+    found.append(finding)
+
+
+def _follows(case: Case, finding: Finding, found: list[Finding]) -> bool:
+    if any(_inside(finding.at.span, f.at.span) for f in found):
+        return True
+    equations, backbone = case.objective.equations, case.objective.backbone
+    empty = [k for slot, k in SLOTS.items() if slot != "strategy" and not case.slot(slot)]
+    unset = [n for u in equations.uses for n in formals(u.definition)
+             if f"{u.label}.{n}" not in equations.versions]  # fmt: skip
+    asked = (*unset, *backbone.times, *backbone.inputs) if backbone else unset
+    match finding.code:
+        case "DIF120":
+            parts = any(f"`{kind}." in finding.message for kind in empty)
+            return parts or any(f"`{n}`" in finding.message for n in unset)
+        case "DIF123":
+            return bool(empty) or any(f"`{n}`" in finding.message for n in asked)
+    return False
+
+
+def _inside(inner: Span, outer: Span) -> bool:
+    same = inner.source is outer.source
+    return same and outer.start <= inner.start and inner.end <= outer.end
+
+
+def _brought_home(case: Case, problem: Problem) -> Finding:
+    """The finding at the nearest place of the spec, the library's own place beside it."""
+    finding = problem.finding
+    head = case.objective.block.head
+    places = [p for e in problem.trail if (p := case.place(e)) != head]
+    at = Label(places[0] if places else head)
+    also = (Label(finding.at.span, "read here"),)
+    return Finding(finding.code, finding.message, at, also, finding.because, finding.help)

@@ -1,0 +1,83 @@
+"""Rules about a run: what the blocks beside the objective may say, and which a command needs."""
+
+from __future__ import annotations
+
+from difftrain.language.finding import Finding, Label
+from difftrain.language.names import Names, is_shipped
+from difftrain.language.numbers import value
+from difftrain.language.rules.case import Case, shown
+from difftrain.language.spec import Spec, top_line
+from difftrain.language.term import is_const, walk
+from difftrain.language.tree import Redefine
+
+STEPS = (1, 2, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+NEEDED = {"train": ("data", "train"), "compile": ("data", "train"), "sample": ("sample",)}
+BLOCKS = {
+    "data": 'data { source = folder("photos") }',
+    "train": "train { steps = 1000 }",
+    "sample": "sample { solver = ddim(steps = 30) }",
+}
+
+
+def averaging(spec: Spec, found: list[Finding]) -> None:
+    """The decay of the averaged weights is a number in 0..1 at every step."""
+    run = spec.runs.get("train")
+    decay = run.values.get("ema") if run else None
+    if decay is None or "ema" not in run.written:
+        return
+    inputs = [t for t in walk(decay) if t.op == "input"]
+    for step in STEPS:
+        number = value(decay, dict.fromkeys(inputs, step))
+        if not 0 <= number <= 1:
+            text = "the decay of the averaged weights is not between 0 and 1"
+            because = f"at step {step} it is {shown(number)}"
+            at = Label(run.written["ema"])
+            found.append(Finding("DIF311", text, at, because=because, help="write `ema = 0.999`"))
+            return
+
+
+def guidance(case: Case, found: list[Finding]) -> None:
+    """Guided sampling needs a network that knows the empty condition."""
+    run = case.spec.runs.get("sample")
+    scale = run.values.get("guidance") if run else None
+    dropped = case.term("dropped")
+    if scale in (None, 1) or dropped is None or not is_const(dropped) or dropped.value:
+        return
+    trained = case.objective.backbone and case.objective.backbone.part.options.get("weights")
+    name = case.objective.name
+    strategy = _redefining("dropped", case.spec.names)
+    found.append(
+        Finding(
+            "DIF310",
+            f"guidance {shown(scale)} needs a network that has seen rows without a condition",
+            Label(run.written["guidance"]),
+            because=f"`dropped` is false for every row of `{name}`",
+            help=f"add `{strategy}(0.1)` to `strategy`, or leave `guidance` out",
+            severity="note" if trained else "error",
+        )
+    )
+
+
+def _redefining(quantity: str, names: Names) -> str:
+    """The library's strategy for redefining a quantity."""
+    for definition in names.definitions("strategy"):
+        body = definition.node.body
+        if is_shipped(definition.node.span) and any(
+            isinstance(s, Redefine) and s.name == quantity for s in body
+        ):
+            return definition.name
+    return f"{quantity}'"
+
+
+def need(spec: Spec, command: str) -> list[Finding]:
+    """What is missing for a command: a block that it reads and the file does not have."""
+    return [
+        Finding(
+            "DIF320",
+            f"`difftrain {command}` needs a `{kind}` block, and this file has none",
+            Label(top_line(spec.tree)),
+            help=f"add `{BLOCKS[kind]}`",
+        )
+        for kind in NEEDED.get(command, ())
+        if kind not in spec.runs
+    ]

@@ -1,0 +1,114 @@
+"""Rules about a file: what may stand in which block, and parameters within their ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from difftrain.language.derive import HERE, Derivation, Frame, Problem
+from difftrain.language.finding import Finding, Label
+from difftrain.language.names import LIBRARY_KINDS
+from difftrain.language.nearest import nearest
+from difftrain.language.scope import Equations, Scope, base_of
+from difftrain.language.spec import Spec
+from difftrain.language.tree import Block, Define, Draw, Import, Param, Statement
+from difftrain.language.values import check_domain
+
+EQUATIONS = (*LIBRARY_KINDS, "objective")
+
+
+def statements(spec: Spec, found: list[Finding]) -> None:
+    """Every statement stands where it means something, and every name has one equation a block."""
+    for block in _blocks(spec):
+        seen: dict[str, Define | Draw] = {}
+        for node in block.body:
+            if reason := _misplaced(node):
+                found.append(_does_not_belong(node, block, reason))
+            elif isinstance(node, (Define, Draw)) and node.name in seen:
+                found.append(_twice(node, seen[node.name]))
+            elif isinstance(node, (Define, Draw)):
+                seen[node.name] = node
+        if block.kind == "objective" and (block.formals or block.base):
+            found.append(_plain_objective(block))
+
+
+def _blocks(spec: Spec) -> Iterator[Block]:
+    return (n for n in spec.tree.body if isinstance(n, Block) and n.kind in EQUATIONS)
+
+
+def _misplaced(node: Statement) -> str:
+    match node:
+        case Import():
+            return "an import"
+        case Param():
+            return "a parameter"
+        case Block(kind=kind):
+            return f"a `{kind}` block"
+        case Define(formals=formals) if formals is not None:
+            return "a function"
+    return ""
+
+
+def _does_not_belong(node: Statement, block: Block, what: str) -> Finding:
+    at = Label(getattr(node, "head", node.span))
+    text = f"{what} cannot stand inside a block"
+    because = f"`{block.kind} {block.name or ''}".rstrip() + "` holds equations alone"
+    hint = "move it to the top of the file, outside the braces"
+    return Finding("DIF106", text, at, because=because, help=hint)
+
+
+def _twice(node: Define | Draw, first: Define | Draw) -> Finding:
+    return Finding(
+        "DIF109",
+        f"`{node.name}` has two equations in one block",
+        Label(node.head),
+        (Label(first.head, "the first one"),),
+        because="only one of them can hold",
+        help=f"delete one, or write `{node.name}' = …` to change the first",
+    )
+
+
+def _plain_objective(block: Block) -> Finding:
+    text = "an objective takes no arguments and is made from nothing"
+    hint = "write `param name = value` above it for what should vary"
+    return Finding("DIF129", text, Label(block.head), help=hint)
+
+
+def bases(spec: Spec, found: list[Finding]) -> None:
+    """Every block is made from one that exists, and not from itself."""
+    for definition in spec.names.own.values():
+        node = definition.node
+        if not isinstance(node, Block) or node.base is None:
+            continue
+        line = [definition]
+        while (base := base_of(line[-1])) and base not in line:
+            line.append(base)
+        if base is definition:
+            names = " -> ".join(d.name for d in [*line, definition])
+            text = f"`{node.name}` is made from itself: {names}"
+            found.append(Finding("DIF122", text, Label(node.head), help="take out one `from`"))
+        elif len(line) == 1:
+            found.append(_no_base(definition, ".".join(node.base)))
+
+
+def _no_base(definition, name: str) -> Finding:
+    kind = definition.kind
+    known = definition.home.known(kind)
+    close = nearest(name, known)
+    hint = f"write `from {close}`" if close else "there are " + ", ".join(f"`{n}`" for n in known)
+    text = f"there is no {kind} `{name}` to make `{definition.name}` from"
+    return Finding("DIF119", text, Label(definition.node.head), help=hint)
+
+
+def parameters(spec: Spec, found: list[Finding]) -> None:
+    """Every parameter is within the range that it states."""
+    for definition in spec.names.own.values():
+        node = definition.node
+        if not isinstance(node, Param) or node.domain is None:
+            continue
+        frame = Frame(Scope("", spec.names), {}, HERE)
+        try:
+            term = Derivation(Equations()).number(node.default, frame)
+        except Problem:
+            continue  # said where the parameter is read
+        if term.op == "const":
+            check_domain(node, node.default, term.value, found)
