@@ -45,5 +45,7 @@ class Draws:
 
     def noise(self, stream: str, like: Tensor) -> Tensor:
         """Standard normal of the shape and type of `like` [B, ...]."""
-        drawn = random.normal(stream, *self.key, like.shape[1:], torch.promote_types(like.dtype, torch.float32))
+        drawn = random.normal(
+            stream, *self.key, like.shape[1:], torch.promote_types(like.dtype, torch.float32)
+        )
         return drawn.to(like.dtype)

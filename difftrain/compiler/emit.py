@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import builtins
 import keyword
+import math
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from difftrain.compiler.interpret import _inside
+from difftrain.compiler.interpret import inside_derivatives
 from difftrain.compiler.operations import FUNCTIONS, INFIX, ON_TENSORS
+from difftrain.compiler.printing import (
+    INDENT,
+    WIDTH,
+    assignment,
+    imports,
+    returned,
+    without_doubles,
+)
 from difftrain.graph.graph import Graph
 
 RANK = {"lt": 1, "le": 1, "gt": 1, "ge": 1, "eq": 1, "ne": 1}
 RANK |= {"add": 2, "sub": 2, "mul": 3, "div": 3, "neg": 4, "pow": 5}
 ATOM = 9
-STATEMENTS = ("draw", "network", "jvp", "input")  # always on a line of their own
-WIDTH = 92
+LEAVES = ("const", "module", "word", "text", "variable")  # written where they are used
+STATEMENTS = ("network", "jvp", "input")  # always on a line of their own
+SHORT, LONG = 12, 62
 # What a value without a name of its own is called.
 PLAIN = {"mul": "product", "div": "ratio", "add": "total", "sub": "difference", "pow": "power"}
 PLAIN |= {"stop": "held", "where": "chosen", "min": "least", "max": "most", "pick": "entry"}
-TAKEN = {"torch", "nets", "draw", "inputs", "tables", "double", "device", "dtype", "value", "values"}
+PLAIN |= {"abs": "size", "first": "start", "last": "end", "draw": "drawn", "jvp": "slope"}
+PLAIN |= {"neg": "negative", "mean": "average", "sum": "total", "network": "output"}
+LOOKED_UP = "What depends on an index alone, in float64: looked up in every step."
+NOTHING = "No table is looked up."
+OPERATORS = "difftrain.compiler.operations"
+OWN = {f.__name__ for f in FUNCTIONS.values()} | {"rows"}
+TAKEN = {"torch", "nets", "draw", "inputs", "tables", "compute", "call_network", *OWN}
+TAKEN |= {*keyword.kwlist, *dir(builtins)}
 
 
 @dataclass
@@ -31,6 +51,11 @@ class Text:
     def within(self, rank: int) -> str:
         return f"({self.text})" if self.rank < rank else self.text
 
+    @property
+    def short(self) -> bool:
+        """Nothing would be gained by a name: a name, a number, an entry of a mapping."""
+        return bool(re.fullmatch(r'-?[\w.]+|\w+\["\w+"\]', self.text))
+
 
 @dataclass(eq=False)
 class Writer:
@@ -40,65 +65,125 @@ class Writer:
     texts: dict[int, Text] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     called: set[str] = field(default_factory=lambda: set(TAKEN))
-    uses: dict[int, int] = field(default_factory=dict)
-    indent: str = "    "
+    functions: dict[int, str] = field(default_factory=dict)
+    indent: str = INDENT
 
     def __post_init__(self):
-        for node in self.graph.order():
-            for arg in self.graph[node]["args"]:
-                self.uses[arg] = self.uses.get(arg, 0) + 1
-        names = [n for node in self.graph.order() for n in self.graph[node]["names"]]
+        nodes = [self.graph[n] for n in self.graph.net]
+        self.uses = Counter(arg for data in nodes for arg in data["args"])
+        names = {n for data in nodes for n in data["names"]} | set(self.graph.outputs)
         self.plain = {n for n in names if "~" not in n}  # kept for the values that bear them
-        for node in self.graph.outputs.values():
-            self.uses[node] = self.uses.get(node, 0) + 2
+        self.last = Counter(n.rpartition(".")[2] for n in self.plain)
 
     def write(self, node: int) -> None:
         """Puts the node on a line of its own, or keeps its text for the one place that uses it."""
+        if self.graph[node]["op"] == "jvp":
+            self._along(node)
         text = self.text(node)
-        data = self.graph[node]
         if self._inline(node, text):
             self.texts[node] = text
-            return
-        name = self.name(node)
+        else:
+            self.state(node)
+
+    def state(self, node: int) -> None:
+        """Puts the node on a line of its own."""
+        data = self.graph[node]
+        self._shorten(node)
+        text, name = self.text(node).text, self.name(node)
         if data["op"] == "network" and not data["attrs"].get("grad", True):
             self.lines.append(f"{self.indent}with torch.no_grad():")
-            self.lines.append(f"{self.indent}    {name} = {text.text}")
+            self.lines += assignment(name, text, self.indent + INDENT)
         else:
-            self.lines.append(f"{self.indent}{name} = {text.text}")
+            left = f"_, {name}" if data["op"] == "jvp" else name
+            self.lines += assignment(left, text, self.indent)
         self.texts[node] = Text(name)
 
     def _inline(self, node: int, text: Text) -> bool:
-        data = self.graph[node]
-        if data["op"] in ("const", "module", "word", "text", "variable"):
+        data, size = self.graph[node], len(text.text)
+        if data["op"] in LEAVES:
             return True
         if data["op"] in STATEMENTS or node in self.graph.outputs.values():
             return False
-        if data["names"] and data["op"] != "widen" and len(text.text) > 12:
+        if data["op"] == "pow" and data["kind"] != "field" and size <= SHORT:
+            return True  # `alpha**2` says more than a name would
+        if self.uses[node] > 1 or (size > SHORT and self._named(node)):
             return False
-        return (self.uses.get(node, 0) <= 1 or data["op"] == "widen") and len(text.text) < WIDTH - 30
+        return size < LONG and not (data["names"] and data["kind"] == "field")
+
+    def _named(self, node: int) -> bool:
+        """Whether the spec has a name for the value, which it then bears on a line of its own."""
+        data = self.graph[node]
+        if data["op"] == "widen":
+            inner = data["args"][0]
+            return bool(self.graph[inner]["names"]) and not self.texts[inner].text.isidentifier()
+        return bool(data["names"]) and not self._only_widened(node)
+
+    def _only_widened(self, node: int) -> bool:
+        """Whether the node is there to be spread over a field, which then bears its name."""
+        return [self.graph[u]["op"] for u in self.graph.net.successors(node)] == ["widen"]
+
+    def _shorten(self, node: int) -> None:
+        """Gives arguments lines of their own until the node fits on one."""
+        while len(self.text(node).text) + len(self.indent) + 16 > WIDTH:
+            parts = [a for a in self.graph[node]["args"] if not self._text(a).short]
+            if not parts:
+                return
+            self.state(max(parts, key=lambda a: len(self._text(a).text)))
+
+    # ---- names
 
     def name(self, node: int) -> str:
-        """A name that is free: what the spec calls the node, or a letter and a number."""
-        op, called = self.graph[node]["op"], self.graph[node]["names"]
-        plain = [n for n in called if "~" not in n]
-        base = (plain or [n.partition("~")[0] for n in called] or [PLAIN.get(op, op)])[0]
-        kept = bool(plain) or base not in self.plain
-        base = re.sub(r"\W", "_", base)
-        base = f"{base}_" if keyword.iskeyword(base) or base in FUNCTIONS or base in TAKEN else base
-        name, count = base if kept else f"{base}_1", 1
+        """A name that is free: what the spec calls the node, or what it is."""
+        base, kept = self._base(node)
+        base = f"{base}_" if base in TAKEN else base
+        return self._free(base if kept else f"{base}_1", base)
+
+    def _free(self, name: str, base: str) -> str:
+        count = 1
         while name in self.called:
             count += 1
             name = f"{base}_{count}"
         self.called.add(name)
         return name
 
+    def _base(self, node: int) -> tuple[str, bool]:
+        """What the node would be called, and whether it is the value that bears the name."""
+        data = self.graph[node]
+        if data["op"] == "variable":
+            return data["attrs"]["name"].partition(".")[0], False
+        if data["op"] == "widen":
+            (base, kept), inner = self._base(data["args"][0]), self.texts[data["args"][0]]
+            return (f"{base}_wide", True) if inner.text.isidentifier() else (base, kept)
+        wanted = [n for n, output in self.graph.outputs.items() if output == node and "@" not in n]
+        plain = [n for n in (*wanted, *data["names"]) if "~" not in n]
+        if plain:
+            first = "pred" if data["op"] == "network" and "pred" in plain else plain[0]
+            return self._local(first), True
+        other = [n.partition("~")[0] for n in data["names"]]
+        if other:
+            base = self._local(other[-1 if data["op"] == "network" else 0])
+        else:
+            base = "shown" if data["kind"] == "condition" else PLAIN.get(data["op"], data["op"])
+        return base, base not in self.plain
+
+    def _local(self, name: str) -> str:
+        """`level` of `offset_noise.level`, where that is clear."""
+        last = name.rpartition(".")[2]
+        return last if self.last[last] <= 1 else re.sub(r"\W", "_", name)
+
+    # ---- texts
+
+    def _text(self, node: int) -> Text:
+        return self.texts.get(node) or self.text(node)
+
     def text(self, node: int) -> Text:
+        """The expression of a node in terms of its arguments' texts."""
         data = self.graph[node]
         args = [self.texts[a] for a in data["args"] if a in self.texts]
         attrs, op = data["attrs"], data["op"]
         match op:
             case "const":
-                return Text(repr(attrs["value"]), ATOM if _positive(attrs["value"]) else RANK["neg"])
+                return _constant(attrs["value"])
             case "word" | "text":
                 return Text(repr(attrs["value"]))
             case "module":
@@ -106,84 +191,119 @@ class Writer:
             case "input":
                 return Text(f'inputs["{attrs["name"]}"]')
             case "draw":
-                listed = ", ".join([f'"{attrs["name"]}"', *(a.text for a in args)])
-                return Text(f"draw.{attrs['law']}({listed})")
+                return _call(f"draw.{attrs['law']}", f'"{attrs["name"]}"', *args)
             case "network":
-                return self._network(args, attrs)
+                return _network(args, attrs["extras"])
             case "jvp":
                 return self._derivative(node)
             case "neg":
                 return Text(f"-{args[0].within(RANK['neg'])}", RANK["neg"])
             case "where" if data["kind"] == "condition":
-                return Text(f"rows({', '.join(a.text for a in args)})")
-        if op in INFIX:
-            rank = RANK[op]
-            left = args[0].within(rank + (op == "pow"))
-            right = args[1].within(rank + (op in ("sub", "div") or rank == 1))
-            gap = "" if op == "pow" and left.isidentifier() else " "
-            return Text(f"{left}{gap}{INFIX[op][0]}{gap}{right}", rank)
-        name = f"torch.{op}" if op in ON_TENSORS else FUNCTIONS[op].__name__
-        return Text(f"{name}({', '.join(a.text for a in args)})")
+                return _call("rows", *args)
+            case _ if op in INFIX:
+                return _infix(op, *args)
+        return _call(f"torch.{op}" if op in ON_TENSORS else FUNCTIONS[op].__name__, *args)
 
-    def _network(self, args: list[Text], attrs) -> Text:
-        net, x, tau, cond, _, *extra = args
-        pairs = ", ".join(f'"{n}": {e.text}' for n, e in zip(attrs["extras"], extra, strict=True))
-        return Text(f"call_network({net.text}, {x.text}, {tau.text}, {cond.text}, {{{pairs}}})")
+    # ---- derivatives
 
-    def _derivative(self, node: int) -> Text:
-        """Writes the function that is differentiated; the text calls `torch.func.jvp` on it."""
-        body, t_variable, xt_variable, *rest = self.graph[node]["args"]
-        t, xt, one, flow = (self.texts[a].text for a in rest)
-        inner = Writer(self.graph, dict(self.texts), [], self.called, self.uses, self.indent + "    ")
-        names = [inner.name(v) for v in (t_variable, xt_variable)]
-        inner.texts |= {v: Text(n) for v, n in zip((t_variable, xt_variable), names, strict=True)}
-        inside, below = _inside(self.graph), self.graph.below(body)
+    def _along(self, node: int) -> None:
+        """Writes the function that is differentiated."""
+        body, *variables = self.graph[node]["args"][:3]
+        inner = Writer(self.graph, dict(self.texts), [], self.called, {}, self.indent + INDENT)
+        names = [inner.name(v) for v in variables]
+        inner.texts |= {v: Text(n) for v, n in zip(variables, names, strict=True)}
+        inside, below = inside_derivatives(self.graph), self.graph.below(body)
         for member in self.graph.order():
             if member in inside and member in below and self.graph[member]["op"] != "variable":
                 inner.write(member)
-        function = f"along_{names[0]}"
-        self.lines += ["", f"{self.indent}def {function}({', '.join(names)}):", *inner.lines]
-        self.lines += [f"{self.indent}    return {inner.texts[body].text}", ""]
-        tangents = f"({one} * torch.ones_like({t}), {flow})"
-        return Text(f"torch.func.jvp({function}, ({t}, {xt}), {tangents})[1]")
+        function = self.functions[node] = self._free("along", "along")
+        self.lines += ["", f"{self.indent}def {function}({', '.join(names)}):"]
+        self.lines += [*inner.lines, f"{inner.indent}return {inner.texts[body].text}", ""]
+
+    def _derivative(self, node: int) -> Text:
+        t, xt, one, flow = (self.texts[a].text for a in self.graph[node]["args"][3:])
+        pace = f"torch.ones_like({t})" if one == "1" else f"torch.full_like({t}, {one})"
+        return Text(f"torch.func.jvp({self.functions[node]}, ({t}, {xt}), ({pace}, {flow}))")
 
 
-def _positive(value) -> bool:
-    return isinstance(value, bool) or value >= 0
+def _constant(value) -> Text:
+    if not math.isfinite(value):
+        return Text("torch.nan" if value != value else "torch.inf" if value > 0 else "-torch.inf")
+    return Text(repr(value), ATOM if isinstance(value, bool) or value >= 0 else RANK["neg"])
 
 
-def emit(graph: Graph, title: str) -> str:
-    """The source of a module with `tables(device)` and `compute(inputs, draw, nets, tables)`."""
-    fixed = _fixed(graph)
-    looked_up = {a for n in graph.order() if n not in fixed for a in graph[n]["args"] if a in fixed}
-    tables = Writer(graph)
-    names: dict[int, str] = {}
+def _call(function: str, *args: Text | str) -> Text:
+    listed = ", ".join(a if isinstance(a, str) else a.text for a in args)
+    return Text(f"{function}({listed})")
+
+
+def _network(args: list[Text], extras: Sequence[str]) -> Text:
+    net, x, tau, cond, _, *extra = args
+    named = [f"{n}={e.text}" for n, e in zip(extras, extra, strict=True)]
+    return _call("call_network", net, x, tau, cond, *named)
+
+
+def _infix(op: str, a: Text, b: Text) -> Text:
+    rank = RANK[op]
+    left = a.within(rank + (op == "pow"))
+    right = b.within(rank + (op in ("sub", "div") or rank == 1))
+    hug = op == "pow" and all(re.fullmatch(r"-?[\w.]+", side) for side in (left, right))
+    gap = "" if hug else " "
+    return Text(f"{left}{gap}{INFIX[op][0]}{gap}{right}", rank)
+
+
+# ---- modules
+
+
+def emit(graph: Graph, title: str, further: Mapping[str, Sequence[str]] | None = None) -> str:
+    """The source of a module with `tables()` and `compute(inputs, draw, nets, tables)`. `further`
+    names what else it imports: module -> names."""
+    tables, stored = _tables(graph)
+    step = _step(graph, stored)
+    outputs = {name: step.texts[node].text for name, node in graph.outputs.items()}
+    kept = {name: tables.texts[node].text for node, name in stored.items()}
+    lines = [
+        "def tables() -> dict[str, torch.Tensor]:",
+        f'    """{LOOKED_UP if stored else NOTHING}"""',
+        *without_doubles(tables.lines),
+        *returned(kept),
+        "",
+        "",
+        "def compute(inputs, draw, nets, tables) -> dict[str, torch.Tensor]:",
+        '    """The wanted quantities, for one batch."""',
+        *without_doubles(step.lines),
+        *returned(outputs),
+        "",
+    ]
+    return "\n".join([*_head(title, "\n".join(lines), further or {}), *lines])
+
+
+def _tables(graph: Graph) -> tuple[Writer, dict[int, str]]:
+    """The lines of `tables()`, and the name under which each table is kept that a step reads."""
+    fixed = fixed_nodes(graph)
+    read = {a for n in graph.order() if n not in fixed for a in graph[n]["args"] if a in fixed}
+    writer, names = Writer(graph), {}
     for node in graph.order():
         if node in fixed or graph[node]["op"] == "const":
-            tables.write(node)
-            if node in fixed and node in looked_up:
-                names[node] = _stored(tables, node)
-    step = Writer(graph)
-    step.texts = {n: Text(f'tables["{name}"]') for n, name in names.items()}
-    inside = _inside(graph)
-    for node in graph.order():
-        if node not in fixed and node not in inside and node not in step.texts:
-            step.write(node)
-    outputs = ", ".join(f'"{k}": {step.texts[n].text}' for k, n in graph.outputs.items())
-    return _module(title, tables.lines, names, step.lines, outputs)
+            writer.write(node)
+        if node in fixed and node in read:
+            if not writer.texts[node].text.isidentifier():
+                writer.state(node)
+            names[node] = writer.texts[node].text
+    return writer, names
 
 
-def _stored(writer: Writer, node: int) -> str:
-    """The name under which a table is kept."""
-    text = writer.texts[node].text
-    if not text.isidentifier():
-        text = writer.name(node)
-        writer.lines.append(f"    {text} = {writer.texts[node].text}")
-        writer.texts[node] = Text(text)
-    return text
+def _step(graph: Graph, stored: Mapping[int, str]) -> Writer:
+    """The lines of `compute`, what is given first."""
+    writer = Writer(graph, {n: Text(f'tables["{name}"]') for n, name in stored.items()})
+    done = fixed_nodes(graph) | inside_derivatives(graph)
+    for node in sorted(graph.order(), key=lambda n: graph[n]["op"] != "input"):
+        if node not in done:
+            writer.write(node)
+    return writer
 
 
-def _fixed(graph: Graph) -> set[int]:
+def fixed_nodes(graph: Graph) -> set[int]:
     """Tables, and what is computed from tables alone: the same in every step."""
     result: set[int] = set()
     for node in graph.order():
@@ -196,19 +316,12 @@ def _fixed(graph: Graph) -> set[int]:
     return result
 
 
-def _module(title: str, tables: list[str], names: dict, step: list[str], outputs: str) -> str:
-    body = "\n".join([*tables, *step])
-    used = {f.__name__ for f in FUNCTIONS.values()} | {"rows"}
-    imports = sorted(n for n in used if re.search(rf"\b{n}\(", body))
-    lines = [f'"""{title}"""', "", "import torch", ""]
-    if "call_network(" in body:
-        lines.append("from difftrain.compiler.network import call_network")
-    if imports:
-        lines.append(f"from difftrain.compiler.operations import {', '.join(imports)}")
-    stored = ", ".join(f'"{n}": {n}' for n in dict.fromkeys(names.values()))
-    lines += ["", "", "def tables():"]
-    lines += ['    """What depends on an index alone, in float64: looked up in every step."""']
-    lines += [*tables, f"    return {{{stored}}}", "", ""]
-    lines += ["def compute(inputs, draw, nets, tables):"]
-    lines += ['    """The wanted quantities, for one batch."""', *step, f"    return {{{outputs}}}", ""]
-    return "\n".join(lines)
+def _head(title: str, body: str, further: Mapping[str, Sequence[str]]) -> list[str]:
+    """The docstring and the imports that the body needs."""
+    wanted = {OPERATORS: [n for n in OWN if re.search(rf"(?<![\w.]){n}\(", body)]}
+    wanted["difftrain.compiler.network"] = ["call_network"] * ("call_network(" in body)
+    listed = imports({**wanted, **further})
+    return [f'"""{title}"""', "", "import torch", *[""] * bool(listed), *listed, "", ""]
+
+
+__all__ = ["Text", "Writer", "emit", "fixed_nodes"]

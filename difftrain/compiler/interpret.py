@@ -19,14 +19,14 @@ def interpret(graph: Graph, inputs: Mapping[str, object], draws, nets: Mapping) 
     """The values of the outputs. `inputs` holds what the graph is given by name, `draws` is a
     `Draws`, `nets` maps net names to callables `network(x, t, cond, **extra)`."""
     values: dict[int, object] = {}
-    inside = _inside(graph)
+    inside = inside_derivatives(graph)
     for node in graph.order():
         if node not in inside:
             values[node] = _value(graph, node, values, inputs, draws, nets, inside)
     return {name: values[node] for name, node in graph.outputs.items()}
 
 
-def _inside(graph: Graph) -> set[int]:
+def inside_derivatives(graph: Graph) -> set[int]:
     """Nodes that depend on a variable of a derivative: computed only inside it."""
     result: set[int] = set()
     for node in graph.order():
@@ -60,7 +60,9 @@ def _value(graph, node, values, inputs, draws, nets, inside):
             return _derivative(graph, node, values, inputs, draws, nets, inside)
         case "where" if data["kind"] == "condition":
             return rows(*(values[a] for a in args))
-    operands = [_spread(values[a], graph[a]["kind"], data["kind"], values, graph, args) for a in args]
+    operands = [
+        _spread(values[a], graph[a]["kind"], data["kind"], values, graph, args) for a in args
+    ]
     return TORCH[data["op"]](*operands)
 
 
@@ -75,10 +77,8 @@ def _spread(value, kind: str, target: str, values, graph, args):
 def _network(values, args, attrs):
     net, x, tau, cond, _, *extra = (values[a] for a in args)
     named = dict(zip(attrs["extras"], extra, strict=True))
-    if attrs.get("grad", True):
-        return call_network(net, x, tau, cond, named)
-    with torch.no_grad():
-        return call_network(net, x, tau, cond, named)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and attrs.get("grad", True)):
+        return call_network(net, x, tau, cond, **named)
 
 
 def _derivative(graph, node, values, inputs, draws, nets, inside):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 ANSWERS = ("sample", "last_hidden_state", "latents")  # fields that hold the tensor
 
 
-def call_network(net, x: Tensor, tau: Tensor, cond, extra: Mapping[str, object]) -> Tensor:
-    """The output [B, ...] of `net(x, tau, cond, **extra)`; times reach it in x's type."""
+def call_network(net, x: Tensor, tau: Tensor, cond, **extra) -> Tensor:
+    """The output [B, ...] of `net(x, tau, cond, **extra)`; tau [B] keeps its own precision."""
     return unwrap(net(x, tau, cond, **extra))
 
 
@@ -24,4 +22,6 @@ def unwrap(answer) -> Tensor:
         if isinstance(getattr(answer, name, None), Tensor):
             return getattr(answer, name)
     names = ", ".join(f"`.{n}`" for n in ANSWERS)
-    raise TypeError(f"the network must return a tensor, a tuple of tensors, or an object with {names}")
+    raise TypeError(
+        f"the network must return a tensor, a tuple of tensors, or an object with {names}"
+    )

@@ -93,7 +93,11 @@ class Objective(nn.Module):
 
     def _per_sample(self, name: str, t: Tensor) -> Tensor:
         value = self._one(name, {"t": t})
-        return value if isinstance(value, Tensor) else torch.full(t.shape, float(value), device=t.device)
+        return (
+            value
+            if isinstance(value, Tensor)
+            else torch.full(t.shape, float(value), device=t.device)
+        )
 
     def sample_x_t(self, x: Tensor, n: Tensor, t: Tensor, cond=None) -> Tensor:
         """The noisy input [B, ...] after all redefinitions."""
@@ -129,7 +133,9 @@ class Objective(nn.Module):
         derivation = self.declared.derivation()
         loss = derivation.read("loss")
         terms = {t: n for (n, *_), t in derivation.memo.items() if n not in ("~", "loss", "cond")}
-        named = {n for t, n in terms.items() if t.kind in ("sample", "field") and reaches(loss, {t})}
+        named = {
+            n for t, n in terms.items() if t.kind in ("sample", "field") and reaches(loss, {t})
+        }
         return [n for n in derivation.equations.versions if n in named]
 
     # ---- the scheduler contract of discrete processes
@@ -172,5 +178,3 @@ def _like(given: Mapping) -> Tensor:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-

@@ -1,4 +1,4 @@
-"""The operations of the language on tensors: one row each, beside `difftrain/language/operations.py`.
+"""The operations on tensors: one row each, beside those of `difftrain/language/operations.py`.
 
 Samples are [B], fields [B, ...], tokens [B, T, D], tables [N]. The emitted step imports these.
 """

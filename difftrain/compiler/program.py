@@ -28,7 +28,7 @@ class Program:
     _placed: dict = field(default_factory=dict)
 
     def tables(self, device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tables on a device; fp32 unless everything is float64, whatever the net computes in."""
+        """The tables on a device: fp32 unless everything is float64, whatever the net has."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         key = (str(device), wide)
         if key not in self._placed:

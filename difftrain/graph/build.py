@@ -28,8 +28,8 @@ def build(
         if fixed:
             derivation.fix(fixed)
         roots = {name: wanted_term(derivation, name) for name in wanted}
-        laws = {name: derivation.read(name, World(plain=frozenset({ALL}))) for name in (*given, *fixed)
-                if name in objective.equations.versions}  # fmt: skip
+        known = [n for n in (*given, *fixed) if n in objective.equations.versions]
+        laws = {name: derivation.read(name, World(plain=frozenset({ALL}))) for name in known}
         names = labels(derivation)
     except Problem as problem:
         raise SpecError([problem.finding]) from None

@@ -10,6 +10,7 @@ Estimates lose divisions the same way: `x0_hat` of a prediction that is x0 is th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cached_property, reduce
 from operator import add
 
@@ -47,9 +48,8 @@ class Facts:
                 quantity, _, world = name.partition("~")
                 if quantity in found:
                     found[quantity][world] = term
-        return list(
-            dict.fromkeys((p, found["target"][w]) for w, p in found["pred"].items() if w in found["target"])
-        )
+        preds, targets = found.values()
+        return list(dict.fromkeys((p, targets[w]) for w, p in preds.items() if w in targets))
 
     def plain(self, term: Term) -> Term:
         """The term with given quantities drawn from their laws, for numbers only."""
@@ -113,8 +113,19 @@ def cancel(graph: Graph) -> Graph:
             new = _weight(new, facts, weighted) or new
         done[term] = new
     roots = {name: done[root] for name, root in facts.roots.items() if "~" not in name}
-    names = {done[t]: names for t, names in facts.names.items()}
+    names: dict[Term, tuple[str, ...]] = {}
+    for term, called in facts.names.items():
+        names[done[term]] = tuple(dict.fromkeys((*names.get(done[term], ()), *called)))
+    for weight in _weights(roots.values()):
+        names.setdefault(weight, ("weight",))
     return from_terms(roots, names, graph.given, graph.laws)
+
+
+def _weights(roots: Iterable[Term]) -> list[Term]:
+    """What multiplies a reduction."""
+    pairs = [(t.args, t.args[::-1]) for t in walk(*roots) if t.op == "mul" and t.kind == "sample"]
+    both = [pair for pair_of in pairs for pair in pair_of]
+    return [w for w, error in both if error.op in REDUCTIONS and w.kind == "sample"]
 
 
 def _divided(term: Term, facts: Facts, done: dict[Term, Term]) -> Term | None:
@@ -162,6 +173,6 @@ def _is_factor(term: Term, factor: Term) -> bool:
         return sum(_is_factor(a, factor) for a in term.args) == 1 and not all(
             reaches(a, {factor}) for a in term.args
         )
-    return term.op == "div" and _is_factor(term.args[0], factor) and not reaches(term.args[1], {factor})
-
-
+    if term.op != "div" or reaches(term.args[1], {factor}):
+        return False
+    return _is_factor(term.args[0], factor)

@@ -23,7 +23,9 @@ class Graph:
     def __getitem__(self, node: int) -> dict:
         return self.net.nodes[node]
 
-    def add(self, op: str, kind: str, args: Iterable[int] = (), names=(), span=None, **attrs) -> int:
+    def add(
+        self, op: str, kind: str, args: Iterable[int] = (), names=(), span=None, **attrs
+    ) -> int:
         """A new node."""
         node = len(self.net)
         while node in self.net:
@@ -94,9 +96,7 @@ def from_terms(
     for term in walk(*roots.values()):
         args = [nodes[a] for a in term.args]
         attrs = dict(term.attrs)
-        nodes[term] = graph.add(
-            term.op, term.kind, args, names.get(term, ()), term.span, **attrs
-        )
+        nodes[term] = graph.add(term.op, term.kind, args, names.get(term, ()), term.span, **attrs)
     graph.outputs = {name: nodes[term] for name, term in roots.items()}
     return graph
 

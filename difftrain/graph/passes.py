@@ -14,6 +14,8 @@ from difftrain.language.operations import OPERATIONS
 ELEMENTWISE = {name for name, op in OPERATIONS.items() if op.kind is OPERATIONS["add"].kind}
 ELEMENTWISE |= {"where", "eq", "ne"}
 TRAINED = ("network", "jvp")  # what a gradient can reach
+CONDITIONS = ("cond", "null")  # and these, where their encoder is trained
+SHAPED = ("x0", "xt")  # what says the shape of the data
 
 
 def bind(graph: Graph) -> Graph:
@@ -26,8 +28,8 @@ def bind(graph: Graph) -> Graph:
 
 
 def tabulate(graph: Graph) -> Graph:
-    """Needs: nothing. Ensures: what depends on nothing but an index of a table is a table too, so it
-    is computed once, in float64, and looked up in the step."""
+    """Needs: nothing. Ensures: what depends on nothing but an index of a table is a table too, so
+    it is computed once, in float64, and looked up in the step."""
     graph = graph.copy()
     for node in graph.find("pick"):
         table, index = graph[node]["args"]
@@ -54,8 +56,10 @@ def _tabulate_index(graph: Graph, index: int, size: int) -> None:
         if data["kind"] != "sample" or node == index or data["op"] in ("draw", "input", "stop"):
             continue
         if data["op"] == "pick" and data["args"][1] == index:
-            if _length(graph, data["args"][0]) == size:
-                tables[node] = data["args"][0]
+            table = data["args"][0]
+            if _length(graph, table) == size:
+                tables[node] = table
+                graph[table]["names"] = (*data["names"], *graph[table]["names"])
         elif data["op"] in ELEMENTWISE and any(a in tables for a in data["args"]):
             args = [_as_table(graph, a, tables, index, size) for a in data["args"]]
             if None not in args:
@@ -108,14 +112,18 @@ def share_forwards(graph: Graph) -> Graph:
     graph = graph.copy()
     for node in graph.find("stop"):
         (inner,) = graph[node]["args"]
-        if not any(graph[n]["op"] in TRAINED for n in graph.below(inner)):
+        if not any(_trained(graph[n]) for n in graph.below(inner)):
             graph.replace(node, inner)
             graph.remove([node])
     return dedupe(graph)
 
 
+def _trained(data: dict) -> bool:
+    return data["op"] in TRAINED or (data["op"] == "input" and data["attrs"]["name"] in CONDITIONS)
+
+
 def stop_gradients(graph: Graph) -> Graph:
-    """Needs: share_forwards. Ensures: `grad` of a forward says whether a gradient goes through it."""
+    """Needs: share_forwards. Ensures: `grad` of a forward says whether a gradient passes it."""
     graph = graph.copy()
     live, stack = set(), list(graph.outputs.values())
     while stack:
@@ -138,12 +146,13 @@ def prune(graph: Graph) -> Graph:
 def widen(graph: Graph) -> Graph:
     """Needs: kinds. Ensures: one number per sample is spread over a field in a node of its own."""
     graph = graph.copy()
+    data = [n for n in graph.find("input") if graph[n]["attrs"]["name"] in SHAPED]
     for node in graph.order():
-        data = graph[node]
-        fields = [a for a in data["args"] if graph[a]["kind"] in ("field", "tokens")]
-        if data["op"] in ELEMENTWISE and data["kind"] in ("field", "tokens") and fields:
-            args = [_wide(graph, a, fields[0]) for a in data["args"]]
-            graph.set_args(node, args)
+        kind, args = graph[node]["kind"], graph[node]["args"]
+        like = [a for a in args if graph[a]["kind"] == kind]
+        if graph[node]["op"] in ELEMENTWISE and kind in ("field", "tokens") and like:
+            shape = data[0] if data and kind == "field" else like[0]
+            graph.set_args(node, [_wide(graph, a, shape) for a in args])
     return dedupe(graph)
 
 
@@ -176,3 +185,9 @@ def run(graph: Graph, watch: Callable[[str, Graph, Graph], None] | None = None) 
             watch(step.__name__, graph, after)
         graph = after
     return graph
+
+
+def forwards(graph: Graph) -> tuple[int, int]:
+    """How many forward passes of networks a step makes, with gradient and without."""
+    counted = [graph[n]["attrs"].get("grad", True) for n in graph.find("network")]
+    return sum(counted), len(counted) - sum(counted)
