@@ -142,6 +142,12 @@ COMMANDS: dict[str, Command] = {
             _arg("--data", metavar="PATH", help="pictures instead of those the spec names"),
             _arg("--steps", type=_count, metavar="N", help="optimizer steps in all"),
             _arg("--resume", metavar="PATH", help="a checkpoint to go on from, or `auto`"),
+            _arg(
+                "-o",
+                "--output",
+                metavar="FOLDER",
+                help="the run's; a new one in `runs` if not said",
+            ),
         ),
     ),
     "sample": Command(

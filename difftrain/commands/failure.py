@@ -8,6 +8,9 @@ CLEAN, FINDINGS, USAGE, ABSENT, FAILED, BUG = 0, 1, 2, 3, 4, 70
 TOLD = {
     "difftrain.training.sources.DataError": FAILED,
     "difftrain.models.errors.PartError": USAGE,
+    "difftrain.importers.config.ConfigError": USAGE,
+    "difftrain.training.run.RunFailed": FAILED,
+    "difftrain.training.state.CheckpointError": USAGE,
 }
 
 

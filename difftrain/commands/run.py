@@ -12,11 +12,11 @@ from difftrain.commands.paths import one_spec, settings
 def compile_spec(args: Namespace) -> int:
     """Writes one executable file that trains the spec."""
     from difftrain.compiler.executable import pack
+    from difftrain.training.bundle import compile_spec as bundle
 
     path = one_spec(args.spec)
-    output = args.output or Path(path).stem
-    pack(path, output, settings(args.settings))
-    print(output)
+    files = bundle(path, settings(args.settings)).files()
+    print(pack(files, args.output or Path(path).stem))
     return CLEAN
 
 
@@ -24,11 +24,12 @@ def train(args: Namespace) -> int:
     """Trains the spec; the exit code is the run's."""
     from difftrain.training.run import train as run
 
-    return run(one_spec(args.spec), settings(args.settings), args.data, args.steps, args.resume)
+    path, changes = one_spec(args.spec), settings(args.settings)
+    return run(path, changes, data=args.data, steps=args.steps, resume=args.resume, out=args.output)
 
 
 def sample(args: Namespace) -> int:
     """Samples from a run; the exit code is the run's."""
     from difftrain.training.run import sample as run
 
-    return run(args.run, settings(args.settings), args.output)
+    return run(args.run, settings(args.settings), out=args.output)

@@ -27,7 +27,7 @@ INNER = tuple((i + 0.5) / 48 for i in range(48))
 
 @dataclass(frozen=True)
 class Row:
-    """One noise level: `density` is p(lambda), `weight` that of (pred - target)^2, `w` w(lambda)."""
+    """One noise level: p(lambda), the weight of (pred - target)^2, and w(lambda)."""
 
     t: float
     alpha: float
@@ -54,13 +54,18 @@ class Curve:
         if self.kind == "exact":
             (draw,) = _moving(self.terms)
             low, high = sorted(_levels_of(self, draw, (0.0, 1.0)))
-            return low, high
+            return _open_end(low), _open_end(high)
         levels = [row.logsnr for row in self.rows]
         return min(levels), max(levels)
 
 
+def _open_end(level: float) -> float:
+    """A level beyond what doubles can tell from pure data or pure noise counts as infinite."""
+    return level if abs(level) < 60 else math.copysign(math.inf, level)
+
+
 def curve(terms: Mapping[str, Term], quantiles: Sequence[float] = INNER) -> Curve:
-    """The curve of the terms named in NEEDED; `quantiles` of the draw are its rows where it is exact."""
+    """The curve of the terms named in NEEDED. Where it is exact, its rows are at `quantiles`."""
     moving = _moving(terms)
     if len(moving) == 1 and _monotone(terms["logsnr"], moving[0]):
         if moving[0]["law"] in ("integer", "choice"):
@@ -188,11 +193,13 @@ class Likeness:
 
 
 def compare(first: Curve, second: Curve) -> Likeness | None:
-    """How w(lambda) of two curves differ over the levels that both train; None where there are none."""
+    """How w(lambda) of two curves differ where both train; None where they share no level."""
     levels = [r.logsnr for r in (second if first.kind == "exact" else first).rows]
     pairs = [
         (level, a, b)
-        for level, a, b in zip(levels, _values_at(first, levels), _values_at(second, levels), strict=True)
+        for level, a, b in zip(
+            levels, _values_at(first, levels), _values_at(second, levels), strict=True
+        )
         if math.isfinite(a) and math.isfinite(b) and (a, b) != (0, 0)
     ]
     if not pairs:

@@ -15,7 +15,20 @@ from difftrain.language.term import Term, const, is_const, show, walk
 from difftrain.language.weighting import simple
 
 MAIN = ("t", "alpha", "sigma", "xt", "target", "pred", "x0_hat", "fit", "loss")
-RANKED = ("t", "alpha", "sigma", "eps", "xt", "flow", "pred", "target", "x0_hat", "eps_hat", "fit", "loss")
+RANKED = (
+    "t",
+    "alpha",
+    "sigma",
+    "eps",
+    "xt",
+    "flow",
+    "pred",
+    "target",
+    "x0_hat",
+    "eps_hat",
+    "fit",
+    "loss",
+)
 LEAVES = ("const", "word", "text", "module", "input")
 UNNAMED = ("row_a", "row_b")  # they are alpha, sigma or numbers: those names say more
 
@@ -213,7 +226,9 @@ def _shown_args(term: Term) -> tuple[Term, ...]:
 def _network(term: Term, names: dict[Term, str]) -> str:
     net, x, tau, cond, dropout, *extra = term.args
     shown = [show(a, names, top=False) for a in (x, tau, cond)]
-    shown += [f"{n} = {show(a, names, top=False)}" for n, a in zip(term["extras"], extra, strict=True)]
+    shown += [
+        f"{n} = {show(a, names, top=False)}" for n, a in zip(term["extras"], extra, strict=True)
+    ]
     if dropout.op == "const" and not dropout.value:
         shown.append("dropout = false")
     title = "network" if net.op == "module" and net["name"] == "student" else show(net, names)

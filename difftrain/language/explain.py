@@ -174,7 +174,9 @@ def _weights(subject: Subject) -> list[str]:
         return [f"none: {why}", *rest]
     named = in_spaces(weight, subject.derivation)
     lines = [f"{RESIDUALS[space]:18} {subject.show(term)}" for space, term in named.items()]
-    remark = "one weight, written on each error; v is (alpha * eps - sigma * x0) / sqrt(alpha^2 + sigma^2)"
+    remark = (
+        "one weight written on each error; v = (alpha * eps - sigma * x0) / sqrt(alpha^2 + sigma^2)"
+    )
     return [*lines, remark, f"reduced by {REDUCED[subject.weighting.reduction]}", *rest]
 
 
@@ -194,7 +196,9 @@ def _table(subject: Subject) -> list[str]:
     titles = ("t", "alpha", "sigma", "snr", "logsnr", "p(lambda)", "weight", "w(lambda)")
     lines = ["".join(f"{title:>10}" for title in titles)]
     lines += [_table_row(row, largest) for row in rows]
-    scale = f"w(lambda) = 2 * weight * (det / alpha)^2 * p(lambda), scaled: 1 stands for {largest:.4g}"
+    scale = (
+        f"w(lambda) = 2 * weight * (det / alpha)^2 * p(lambda), scaled: 1 stands for {largest:.4g}"
+    )
     return [*lines, scale, *_assumed(weight)]
 
 
@@ -264,9 +268,9 @@ def _value(value) -> str:
 
 
 def _train(run) -> str:
+    kept = f"weights in fp32, averaged with decay {_value(run['ema'])}"
     return (
-        f"{_value(run['optimizer'])}, {run['steps']} steps, forwards in {run['precision']}, weights in "
-        f"fp32, averaged with decay {_value(run['ema'])}"
+        f"{_value(run['optimizer'])}, {run['steps']} steps, forwards in {run['precision']}, {kept}"
     )
 
 

@@ -59,7 +59,8 @@ def _objectives(a: Subject, b: Subject) -> Verdict:
     if a.weighting.reduction != b.weighting.reduction:
         both = f"`{a.weighting.reduction}` in A, `{b.weighting.reduction}` in B"
         lines.append(f"  over the numbers of a sample: {both}, a factor of numel(x0)")
-    return Verdict(same, (f"{_title(a, b)}: {lines[0]}", *lines[1:], *_rows(a, b), *different))
+    lines += _rows(a, b) if same else [*_rows(a, b), *different]
+    return Verdict(same, (f"{_title(a, b)}: {lines[0]}", *lines[1:]))
 
 
 def _title(a: Subject, b: Subject) -> str:
@@ -81,18 +82,25 @@ def _levels(a: Curve, b: Curve) -> tuple[bool, list[str]]:
         return False, ["another objective: they train different noise levels", *_ranges(a, b)]
     times = "that of A" if abs(like.factor - 1) < EXACT else f"{like.factor:.6g} times that of A"
     if like.spread > EXACT:
-        nearly = f"nearly {times}, within {like.spread:.1%}" if like.spread < 0.05 else "not that of A"
+        nearly = (
+            f"nearly {times}, within {like.spread:.1%}" if like.spread < 0.05 else "not that of A"
+        )
         lines = [f"another objective: w(lambda) of B is {nearly}", *_table(like)]
         return False, lines + _ranges(a, b)
     if ranges := _ranges(a, b):
-        return False, [f"another objective, though w(lambda) of B is {times} where both train", *ranges]
+        return False, [
+            f"another objective, though w(lambda) of B is {times} where both train",
+            *ranges,
+        ]
     return True, [f"the same objective up to a constant: w(lambda) of B is {times}"]
 
 
 def _ranges(a: Curve, b: Curve) -> list[str]:
     if all(x == y or abs(x - y) < EXACT for x, y in zip(a.range, b.range, strict=True)):
         return []
-    spans = [f"{low:.4g} to {high:.4g} in {n}" for n, (low, high) in (("A", a.range), ("B", b.range))]
+    spans = [
+        f"{low:.4g} to {high:.4g} in {n}" for n, (low, high) in (("A", a.range), ("B", b.range))
+    ]
     return [f"  logsnr goes from {', '.join(spans)}"]
 
 
@@ -134,7 +142,9 @@ def _different_equations(a: Subject, b: Subject) -> Iterator[str]:
 
 def _options(first: Spec, second: Spec) -> Iterator[str]:
     """Networks and options of the run that differ."""
-    parts = [[o.backbone.part for o in s.objectives.values() if o.backbone] for s in (first, second)]
+    parts = [
+        [o.backbone.part for o in s.objectives.values() if o.backbone] for s in (first, second)
+    ]
     if parts[0] != parts[1]:
         yield "the networks are built differently"
     for kind in dict.fromkeys((*first.runs, *second.runs)):

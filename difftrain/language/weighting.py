@@ -115,7 +115,7 @@ def _equal_products(pairs: list[tuple[Term, Term]]) -> bool:
 
 
 def simple(term: Term, atoms: frozenset[Term]) -> Term:
-    """An equal term, with what cancels cancelled and `alpha^2 + sigma^2` known where it is fixed."""
+    """An equal term: what cancels is cancelled, and sums that are one number become it."""
     short = simplify(term, atoms, lambda t: constant(t, points(t)))
     return -short.args[1] if short.op == "mul" and is_const(short.args[0], -1) else short
 
@@ -156,6 +156,7 @@ def forwards(loss: Term) -> tuple[int, int, int]:
 
 def _plain(loss: Term) -> Term:
     """The loss without `stop` around what needs no gradient anyway."""
+
     def change(term: Term, args: tuple[Term, ...]) -> Term | None:
         return args[0] if term.op == "stop" and not trained(args[0]) else None
 
