@@ -12,6 +12,8 @@ from difftrain.language.spec import Spec, read_source
 from difftrain.language.tree import Source
 
 SYNTAX = "DIF1"  # codes below this one are about syntax
+IMPORTS = ("DIF104", "DIF107")
+UNKNOWN = ("DIF119", "DIF120")
 
 
 def check(source: Source, settings: Mapping | None = None) -> tuple[Spec, list[Finding]]:
@@ -30,9 +32,20 @@ def check(source: Source, settings: Mapping | None = None) -> tuple[Spec, list[F
             case = Case(spec, objective)
             for rule in RULES:
                 rule(case, found)
-    unique = dict.fromkeys(broken or found)
+    unique = dict.fromkeys(broken or _causes(found))
     spec.findings = tuple(sorted(unique, key=lambda f: (f.place, f.code)))
     return spec, list(spec.findings)
+
+
+def _causes(found: list[Finding]) -> list[Finding]:
+    """The findings without those about names that a failed import would have brought."""
+    failed = {f.at.span.text.split()[-1].split(".")[-1] for f in found if f.code in IMPORTS}
+    return [f for f in found if f.code not in UNKNOWN or _space(f) not in failed]
+
+
+def _space(finding: Finding) -> str | None:
+    first, dot, _ = finding.at.span.text.partition(".")
+    return first if dot else None
 
 
 __all__ = ["check", "need"]

@@ -8,6 +8,7 @@ See docs/language.md, "Worlds".
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +18,7 @@ from difftrain.language.names import Definition
 from difftrain.language.nearest import nearest
 from difftrain.language.operations import CONSTANTS, LAWS, OPERATIONS, KindError
 from difftrain.language.references import circle, circular
-from difftrain.language.scope import DERIVED, NETS, Equation, Equations, Scope, own_name
+from difftrain.language.scope import DERIVED, NETS, OPEN, Equation, Equations, Scope, own_name
 from difftrain.language.term import Term, const, leaf, make, rebuild, walk, word
 from difftrain.language.tree import (
     Binary,
@@ -38,6 +39,7 @@ INPUTS = {"x0": "field", "cond": "condition", "null": "condition", "step": "scal
 INPUTS |= {"image": "field"}
 STILL = ("r", "cond", "guess", "x0", "eps")  # what `ddt` holds fixed, beside every draw
 ALL = "*"
+sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))  # equations may form a long chain
 
 
 class Problem(Exception):
@@ -224,7 +226,7 @@ class Derivation:
             case Negate(value=inner):
                 return self.make("neg", expr, self.number(inner, frame))
             case Binary(op=op, left=left, right=right):
-                sides = [self.value(e, frame) for e in (left, right)]
+                sides = [self.number(e, frame) for e in (left, right)]
                 return self.make(OPS[op], expr, *sides)
             case If(test=test, then=then, other=other):
                 return self._choice(expr, self.number(test, frame), then, other, frame)
@@ -242,13 +244,11 @@ class Derivation:
         raise Problem(self._left_open(value, expr))
 
     def make(self, op: str, expr: Expr, *args) -> Term:
-        for arg in args:
-            if not isinstance(arg, Term):
-                raise Problem(self._left_open(arg, expr))
         try:
             return make(op, *args, span=expr.span)
         except KindError as problem:
-            raise Problem(Finding("DIF121", str(problem), Label(expr.span))) from None
+            finding = Finding("DIF121", str(problem), Label(expr.span), help=problem.help)
+            raise Problem(finding) from None
 
     def _choice(self, expr, test: Term, then, other, frame) -> Term:
         """Only the side that is taken is read where the test is known while compiling."""
@@ -384,14 +384,20 @@ class Derivation:
     def _nothing(self, name, at) -> Finding:
         because = "" if name != "target" else "the prediction type says what is compared"
         slot = {"target": "prediction_type", "alpha": "process", "sigma": "process", "t": "process"}
-        hint = f"add `{slot[name]} = …`" if name in slot else f"define it: `{name} = …`"
-        last = self.equations.versions[self.active[-2][0]][-1] if len(self.active) > 1 else None
-        span = at.span if at is not None else (last or self.equations.versions["loss"][-1]).span
+        filled = [u.label for u in self.equations.uses]
+        hint = f"define it: `{name} {'~' if name == 't' else '='} …`"
+        if name in slot and slot[name].removesuffix("_type") not in filled:
+            hint = f"add `{slot[name]} = …`"
+        versions = self.equations.versions
+        readers = [n for n, _ in reversed(self.active) if n in versions and n != name]
+        span = at.span if at is not None else versions[(*readers, "loss")[0]][-1].span
         text = f"nothing here defines `{name}`"
         return Finding("DIF123", text, Label(span), because=because, help=hint)
 
     def _unknown(self, path, expr, frame: Frame) -> Finding:
         name = ".".join(path)
+        if name in OPEN:
+            return self._nothing(name, expr)
         local = [*frame.env, *frame.scope.locals, *frame.scope.words]
         known = [*local, *self.equations.versions, *INPUTS, *NETS, *OPERATIONS, *LAWS, *SPECIAL]
         close = nearest(name, [*known, *frame.scope.home.known("function")])
@@ -410,7 +416,8 @@ class Derivation:
         )
 
     def _no_number(self, expr) -> Finding:
-        return Finding("DIF124", f"`{expr.span.text}` is not a number here", Label(expr.span))
+        text, hint = f"`{expr.span.text}` is not a number here", "write a number, a name or a call"
+        return Finding("DIF124", text, Label(expr.span), help=hint)
 
     def _not_drawn(self, expr: Call) -> Finding:
         text = f"`{expr.span.text}` is a law, and here a number is needed"
@@ -422,7 +429,8 @@ class Derivation:
         names = ", ".join(f"`{n}`" for n in function.open)
         title = function.definition.name
         text = f"`{title}` still needs {names}"
-        return Finding("DIF125", text, Label(expr.span), help=f"write `{title}({function.open[0]} = …)`")
+        hint = f"add `{function.open[0]} = …` to its arguments"
+        return Finding("DIF125", text, Label(expr.span), help=hint)
 
     def _not_callable(self, expr: Call) -> Finding:
         name = expr.dotted

@@ -16,7 +16,11 @@ ORDER = ("scalar", "sample", "field")
 
 
 class KindError(Exception):
-    """Shapes that do not go together; the message is in the words of the language."""
+    """Shapes that do not go together; message and help are in the words of the language."""
+
+    def __init__(self, message: str, help: str = ""):
+        self.help = help
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,22 @@ def _join(*kinds: str) -> str:
     """The kind of an element-wise operation: scalars spread, samples spread over fields."""
     for kind in kinds:
         if kind not in ("scalar", "sample", "field", "tokens", "table"):
-            raise KindError(f"a number is needed here, and this is {NAMES.get(kind, kind)}")
+            text = f"a number is needed here, and this is {NAMES.get(kind, kind)}"
+            raise KindError(text, "write a quantity or a number")
     wide = {k for k in kinds if k in ("table", "tokens", "field")}
     if len(wide) > 1:
-        raise KindError(" and ".join(sorted(NAMES[k] for k in wide)) + " do not go together")
+        text = " and ".join(sorted(NAMES[k] for k in wide)) + " do not go together"
+        raise KindError(text, "reduce one of them first, with `mean` or `sum`")
     if "table" in wide and "sample" in kinds:
-        raise KindError(
-            "a table and one number per sample do not go together: `pick(table, t)` takes entries"
-        )
+        text = "a table and one number per sample do not go together"
+        raise KindError(text, "write `pick(table, t)` for an entry of the table")
     return wide.pop() if wide else max(kinds, key=ORDER.index)
 
 
 def _reduce(kind: str, *_: str) -> str:
     if kind not in ("field", "tokens"):
-        raise KindError(f"this reduces a value shaped like the data, and got {NAMES[kind]}")
+        text = f"this reduces a value shaped like the data, and is given {NAMES[kind]}"
+        raise KindError(text, "leave the reduction out" if kind in ORDER else "")
     return "sample"
 
 
@@ -84,7 +90,8 @@ def _scalar(*_: str) -> str:
 
 def _pick(table: str, index: str) -> str:
     if table != "table":
-        raise KindError(f"`pick` takes an entry of a table, and got {NAMES[table]}")
+        text = f"`pick` takes an entry of a table, and is given {NAMES[table]}"
+        raise KindError(text, "write `pick(table, index)`")
     return index
 
 

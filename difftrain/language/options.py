@@ -117,7 +117,7 @@ def _no_option(node, kind: str) -> Finding:
 def _not_read(block: Block) -> Finding:
     return Finding(
         "DIF144",
-        f"nothing reads a `{block.kind}` block",
+        f"nothing reads `{block.kind}` blocks",
         Label(block.head),
         because="an option that reaches nothing is a mistake that says nothing",
         help="leave the block out",

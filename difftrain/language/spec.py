@@ -93,13 +93,14 @@ class Spec:
             return next(iter(self.objectives.values()))
         if name in self.objectives:
             return self.objectives[name]
-        listed = ", ".join(f"`{n}`" for n in self.objectives) or "none"
+        listed = ", ".join(f"`{n}`" for n in self.objectives)
+        hint = f"name one of {listed}" if listed else "write `objective name { … }`"
         start = Label(top_line(self.tree))
         if name is None:
             text = f"this file has {len(self.objectives)} objectives, and one is needed"
         else:
             text = f"there is no objective `{name}`"
-        raise SpecError([Finding("DIF105", text, start, help=f"there are {listed}: name one")])
+        raise SpecError([Finding("DIF105", text, start, help=hint)])
 
     @cached_property
     def text(self) -> str:
@@ -209,7 +210,9 @@ def _uses(slot: Define, kind: str, scope: Scope, found: list[Finding]) -> tuple[
     """The blocks that a slot puts to use, left to right."""
     items = slot.value.items if isinstance(slot.value, ListOf) else (slot.value,)
     if kind != "strategy" and len(items) != 1:
-        found.append(Finding("DIF116", f"`{slot.name}` is one {kind}", Label(slot.value.span)))
+        text = f"`{slot.name}` takes one {kind}, not a list"
+        found.append(Finding("DIF116", text, Label(slot.value.span), help="keep one of them"))
+        items = items[:1]
     uses: dict[str, Use] = {}
     for item in items:
         use = use_of(item, kind, scope, found)

@@ -127,7 +127,7 @@ def _is_quantity(name: str, equations: Equations) -> bool:
 def _unknown_part(expr, names: Names) -> Finding:
     known = [n for kind in PART_KINDS for n in names.known(kind)]
     close = nearest(expr.dotted, known)
-    hint = f"write `{close}`" if close else ""
+    hint = f"write `{close}`" if close else "write a value, or the name of a part"
     if len(expr.path) > 1 and expr.path[0] not in names.spaces:
         hint = f"add `import std.{expr.path[0]}` at the top of the file"
     span = expr.head if isinstance(expr, Call) else expr.span

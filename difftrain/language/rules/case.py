@@ -149,3 +149,9 @@ def name_span(equation: Equation) -> Span:
     span = equation.span
     length = len(equation.name.rpartition(".")[2]) + (equation.form == "'")
     return Span(span.source, span.start, span.start + length)
+
+
+def inside(inner: Span, outer: Span) -> bool:
+    """Whether one stretch of text is part of another."""
+    same = inner.source is outer.source
+    return same and outer.start <= inner.start and inner.end <= outer.end

@@ -5,11 +5,11 @@ from __future__ import annotations
 from difftrain.language.derive import HERE, Frame, Problem
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import is_shipped
-from difftrain.language.rules.case import Case
+from difftrain.language.rules.case import Case, inside
 from difftrain.language.scope import choices, formals
 from difftrain.language.spec import SLOTS
 from difftrain.language.term import Term
-from difftrain.language.tree import Name, Span
+from difftrain.language.tree import Name
 from difftrain.language.values import check_domain
 
 
@@ -32,7 +32,7 @@ def domains(case: Case, found: list[Finding]) -> None:
 def given_times(case: Case, found: list[Finding]) -> None:
     """The network is given every time that the objective has, and no other."""
     backbone, versions = case.objective.backbone, case.objective.equations.versions
-    if backbone is None:
+    if backbone is None or not case.slot("process"):
         return
     call = backbone.uses[0].call.span
     if "r" in versions and "r" not in backbone.times:
@@ -42,7 +42,7 @@ def given_times(case: Case, found: list[Finding]) -> None:
         hint = f"write `{backbone.uses[0].definition.name}(times = [t, r])`"
         found.append(Finding("DIF212", text, Label(call), (earlier,), because, hint))
     for name in (*backbone.times, *backbone.inputs):
-        if name not in versions and case.term(name) is None:
+        if name != "t" and name not in versions and case.term(name) is None:
             text = f"the network is given `{name}`, which nothing defines"
             hint = f"take `{name}` out of the list, or define it: `{name} = …`"
             found.append(Finding("DIF213", text, Label(call), help=hint))
@@ -66,6 +66,7 @@ def meaning(case: Case, found: list[Finding]) -> None:
 
 def _everything(case: Case):
     yield "loss", None
+    yield "row_a", None
     for name, versions in case.objective.equations.versions.items():
         for i, equation in enumerate(versions):
             if not equation.scope.home.shipped:
@@ -83,25 +84,30 @@ def _report(case: Case, problem: Problem, found: list[Finding]) -> None:
 
 
 def _follows(case: Case, finding: Finding, found: list[Finding]) -> bool:
-    if any(_inside(finding.at.span, f.at.span) for f in found):
+    if any(inside(finding.at.span, f.at.span) for f in found):
         return True
     equations, backbone = case.objective.equations, case.objective.backbone
     empty = [k for slot, k in SLOTS.items() if slot != "strategy" and not case.slot(slot)]
     unset = [n for u in equations.uses for n in formals(u.definition)
              if f"{u.label}.{n}" not in equations.versions]  # fmt: skip
+    moved = [f.at.span.text for f in found if f.code == "DIF106"]
     asked = (*unset, *backbone.times, *backbone.inputs) if backbone else unset
     match finding.code:
+        case "DIF122":
+            return any(f.code == "DIF122" and _ring(f) == _ring(finding) for f in found)
         case "DIF120":
             parts = any(f"`{kind}." in finding.message for kind in empty)
-            return parts or any(f"`{n}`" in finding.message for n in unset)
+            return parts or any(f"`{n}`" in finding.message for n in (*unset, *moved))
+        case "DIF123" if any(f.message == finding.message for f in found):
+            return True
         case "DIF123":
-            return bool(empty) or any(f"`{n}`" in finding.message for n in asked)
+            return bool(empty) or any(f"`{n}`" in finding.message for n in asked if n != "t")
     return False
 
 
-def _inside(inner: Span, outer: Span) -> bool:
-    same = inner.source is outer.source
-    return same and outer.start <= inner.start and inner.end <= outer.end
+def _ring(finding: Finding) -> set[str]:
+    """The names of a circle, wherever it was entered."""
+    return set(finding.message.rpartition(": ")[2].split(" -> "))
 
 
 def _brought_home(case: Case, problem: Problem) -> Finding:

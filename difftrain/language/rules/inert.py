@@ -5,7 +5,7 @@ from __future__ import annotations
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Definition
 from difftrain.language.references import paths, references
-from difftrain.language.rules.case import Case, name_span
+from difftrain.language.rules.case import Case, inside, name_span
 from difftrain.language.rules.loss import discarded
 from difftrain.language.scope import Equation, Use, formals, own_name
 from difftrain.language.spec import Spec
@@ -22,6 +22,8 @@ def strategies(case: Case, found: list[Finding]) -> None:
     for use in case.objective.slots.get("strategy", ()):
         primes = _primes(case, use)
         if any(e in case.used or e in lost or e.name == "fit" for e in primes):
+            continue
+        if any(inside(f.at.span, use.definition.node.span) for f in found):
             continue
         names = ", ".join(f"`{n}`" for n in dict.fromkeys(e.name for e in primes))
         because = f"it redefines {names}, and {NOTHING}" if names else "it redefines nothing"
@@ -106,12 +108,15 @@ def _unread(equation: Equation) -> Finding:
 def definitions(spec: Spec, found: list[Finding]) -> None:
     """Every definition and import of a file with objectives is used by one of its blocks."""
     own = spec.names.own.values()
-    if spec.objectives:
+    if spec.objectives and not any(f.code in ("DIF104", "DIF107") for f in found):
         used = _reached(spec)
         found += [_unused(d) for d in own if d not in used and d.kind != "objective"]
     spaces = {p[0] for node in spec.tree.body for p in paths(node) if len(p) > 1}
     for node in spec.tree.body:
-        if isinstance(node, Import) and (node.alias or node.path[-1]) not in spaces:
+        if not isinstance(node, Import):
+            continue
+        alias = node.alias or node.path[-1]
+        if alias in spec.names.spaces and alias not in spaces:
             found.append(_unused_import(node))
 
 
@@ -131,14 +136,14 @@ def _reached(spec: Spec) -> set[Definition]:
 
 def _unused(definition: Definition) -> Finding:
     kind = {"param": "parameter"}.get(definition.kind, definition.kind)
-    severity = "error" if definition.kind == "param" else "warning"
+    param = definition.kind == "param"
     return Finding(
         "DIF302",
         f"the {kind} `{definition.name}` is never used",
         Label(definition.node.head),
-        because="nothing in this file reads it, so setting it changes nothing",
+        because="setting it changes nothing" if param else "",
         help="use it, or delete it",
-        severity=severity,
+        severity="error" if param else "warning",
     )
 
 

@@ -275,6 +275,8 @@ def time_law(case: Case, found: list[Finding]) -> None:
     because = f"it gives {_range(given)}, and `{name}` is defined for {_range(allowed)}"
     at, also = Label(case.place(equation)), Label(case.called(process), f"t is {_range(allowed)}")
     hint = _same_law(case, equation) or f"keep `t` in {shown(allowed.low)}..{shown(allowed.high)}"
+    if given.whole != allowed.whole:
+        hint = f"leave it out, and `{own.span.text}` of `{name}` counts"
     found.append(Finding("DIF206", text, at, (also,), because, hint))
 
 
@@ -283,7 +285,7 @@ def _range(support: Support) -> str:
 
 
 def _same_law(case: Case, equation: Equation) -> str:
-    """The law of t that gives sigma / alpha the law that was written, where a logistic path has it."""
+    """The law of t that gives sigma / alpha the law that was written, on a logistic path."""
     law = equation.value
     if not isinstance(law, Call) or not _logistic(case):
         return ""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from difftrain.language.derive import HERE, Derivation, Frame, Problem
 from difftrain.language.finding import Finding, Label
-from difftrain.language.names import LIBRARY_KINDS
+from difftrain.language.names import LIBRARY_KINDS, Definition
 from difftrain.language.nearest import nearest
 from difftrain.language.scope import Equations, Scope, base_of
 from difftrain.language.spec import Spec
@@ -75,6 +75,7 @@ def _plain_objective(block: Block) -> Finding:
 
 def bases(spec: Spec, found: list[Finding]) -> None:
     """Every block is made from one that exists, and not from itself."""
+    told: set[Definition] = set()
     for definition in spec.names.own.values():
         node = definition.node
         if not isinstance(node, Block) or node.base is None:
@@ -82,7 +83,8 @@ def bases(spec: Spec, found: list[Finding]) -> None:
         line = [definition]
         while (base := base_of(line[-1])) and base not in line:
             line.append(base)
-        if base is definition:
+        if base is definition and definition not in told:
+            told.update(line)
             names = " -> ".join(d.name for d in [*line, definition])
             text = f"`{node.name}` is made from itself: {names}"
             found.append(Finding("DIF122", text, Label(node.head), help="take out one `from`"))
@@ -90,7 +92,7 @@ def bases(spec: Spec, found: list[Finding]) -> None:
             found.append(_no_base(definition, ".".join(node.base)))
 
 
-def _no_base(definition, name: str) -> Finding:
+def _no_base(definition: Definition, name: str) -> Finding:
     kind = definition.kind
     known = definition.home.known(kind)
     close = nearest(name, known)
