@@ -22,7 +22,15 @@ MAY_IMPORT = {
     "graph": ({"networkx"}, {"language", "graph"}),
     "compiler": ({"networkx", "torch"}, {"language", "graph", "compiler"}),
     "models": (
-        {"torch", "diffusers", "transformers", "safetensors", "tokenizers", "numpy", "huggingface_hub"},
+        {
+            "torch",
+            "diffusers",
+            "transformers",
+            "safetensors",
+            "tokenizers",
+            "numpy",
+            "huggingface_hub",
+        },
         {"language", "models"},
     ),
     "sampling": (
@@ -82,7 +90,7 @@ def loaded_after(tmp_path, *argv: str) -> set[str]:
     """The modules that a command loads."""
     spec = tmp_path / "a.diff"
     spec.write_text(
-        "diff 1\nobjective a {\n  process = linear\n  prediction_type = flow\n  backbone = custom\n}\n"
+        "diff 1\nobjective a { process = linear, prediction_type = flow, backbone = custom }\n"
     )
     code = f"import sys; from difftrain.cli import main; print(main({[*argv, str(spec)]!r})); "
     code += "print(*sys.modules, sep='\\n')"
@@ -92,7 +100,7 @@ def loaded_after(tmp_path, *argv: str) -> set[str]:
     return set(done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("command", [["lint"], ["fmt", "--check"], ["explain"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["lint"], ["fmt"], ["explain"]], ids=" ".join)
 def test_light_commands_load_little(tmp_path, command):
     loaded = loaded_after(tmp_path, *command)
     assert not loaded & {"torch", "networkx", "numpy", "yaml", "sympy"}

@@ -71,7 +71,9 @@ LEVELS = [
 ]
 
 
-@pytest.mark.parametrize(("body", "expected"), LEVELS, ids=[b.replace("\n", "; ") for b, _ in LEVELS])
+@pytest.mark.parametrize(
+    ("body", "expected"), LEVELS, ids=[b.replace("\n", "; ") for b, _ in LEVELS]
+)
 def test_levels(body, expected):
     line = curve_of(body)
     assert line.kind == "exact"
@@ -80,7 +82,9 @@ def test_levels(body, expected):
 
 def test_preconditioned_noise():
     """Karras: a weight of snr + 1 / data^2 on clean data, log-normal noise."""
-    body = "process = noised\nprediction_type = sample\nfit' = (snr + 1 / 0.5^2) * mse(pred, target)"
+    body = (
+        "process = noised\nprediction_type = sample\nfit' = (snr + 1 / 0.5^2) * mse(pred, target)"
+    )
     line = curve_of(body, VE)
     assert spread(line, lambda x: normal(2.4, 2.4)(x) * (math.exp(-x) + 0.25)) < 1e-9
 
@@ -191,7 +195,9 @@ def test_one_objective_in_two_coordinates():
 
 
 def test_two_weights_differ():
-    first, second = (curve_of(f"process = path\nprediction_type = {p}") for p in ("epsilon", "sample"))
+    first, second = (
+        curve_of(f"process = path\nprediction_type = {p}") for p in ("epsilon", "sample")
+    )
     assert compare(first, second).spread > 1
 
 

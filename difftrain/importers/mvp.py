@@ -89,7 +89,7 @@ def convert(text: str, path: str) -> str:
             config.unused(key, SILENT[key])
     config.rest(KNOWN)
     remarks = "".join(f"{line}\n" for remark in config.remarks for line in _comment(remark))
-    head = f"diff 1\n# From {_ascii(PurePath(path).name)}, by `difftrain import`.\n"
+    head = f"diff 1\n# From {PurePath(path).name}, by `difftrain import`.\n"
     return "\n".join([f"{head}{remarks}import std.sd\n", *blocks])
 
 
@@ -287,10 +287,10 @@ def _number(value: float) -> str:
 
 
 def _text(value: str) -> str:
-    """A string literal. The language is ASCII, so other letters cannot stand in it."""
-    if not value.isascii() or not value.isprintable():
+    """A string literal."""
+    if not value.isprintable():
         raise ConfigError(
-            f"{told(value)} has letters that a spec cannot hold: give it an ASCII name"
+            f"{told(value)} has letters that a spec cannot hold: give it another name"
         )
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
@@ -304,11 +304,7 @@ def _name(path: str) -> str:
 
 def _comment(remark: str) -> list[str]:
     """The lines of a comment."""
-    ascii_text = _ascii(remark)
+    printable = "".join(c if c.isprintable() else " " for c in remark)
     return textwrap.wrap(
-        ascii_text, 98, initial_indent="# ", subsequent_indent="#   ", break_long_words=False
+        printable, 98, initial_indent="# ", subsequent_indent="#   ", break_long_words=False
     )
-
-
-def _ascii(text: str) -> str:
-    return text.encode("ascii", "backslashreplace").decode()
