@@ -29,10 +29,17 @@ LEAVES = ("const", "module", "word", "text", "variable")  # written where they a
 STATEMENTS = ("network", "jvp", "input")  # always on a line of their own
 SHORT, LONG = 12, 62
 # What a value without a name of its own is called.
-PLAIN = {"mul": "product", "div": "ratio", "add": "total", "sub": "difference", "pow": "power"}
+PLAIN = {
+    "mul": "product",
+    "div": "ratio",
+    "add": "joint",
+    "sqrt": "root",
+    "sub": "difference",
+    "pow": "power",
+}
 PLAIN |= {"stop": "held", "where": "chosen", "min": "least", "max": "most", "pick": "entry"}
 PLAIN |= {"abs": "size", "first": "start", "last": "end", "draw": "drawn", "jvp": "slope"}
-PLAIN |= {"neg": "negative", "mean": "average", "sum": "total", "network": "output"}
+PLAIN |= {"neg": "negative", "mean": "average", "sum": "summed", "network": "output"}
 LOOKED_UP = "What depends on an index alone, in float64: looked up in every step."
 NOTHING = "No table is looked up."
 OPERATORS = "difftrain.compiler.operations"
@@ -255,9 +262,14 @@ def _infix(op: str, a: Text, b: Text) -> Text:
 # ---- modules
 
 
-def emit(graph: Graph, title: str, further: Mapping[str, Sequence[str]] | None = None) -> str:
-    """The source of a module with `tables()` and `compute(inputs, draw, nets, tables)`. `further`
-    names what else it imports: module -> names."""
+def emit(
+    graph: Graph,
+    title: str,
+    further: Mapping[str, Sequence[str]] | None = None,
+    functions: Sequence[str] = (),
+) -> str:
+    """The source of a module with `tables()` and `compute(inputs, draw, nets, tables)`, and behind
+    them further functions. `further` names what else it imports: module -> names."""
     tables, stored = _tables(graph)
     step = _step(graph, stored)
     outputs = {name: step.texts[node].text for name, node in graph.outputs.items()}
@@ -274,6 +286,7 @@ def emit(graph: Graph, title: str, further: Mapping[str, Sequence[str]] | None =
         *without_doubles(step.lines),
         *returned(outputs),
         "",
+        *("\n" + text.rstrip("\n") + "\n" for text in functions),
     ]
     return "\n".join([*_head(title, "\n".join(lines), further or {}), *lines])
 

@@ -17,13 +17,14 @@ from difftrain.graph.graph import Graph
 
 def interpret(graph: Graph, inputs: Mapping[str, object], draws, nets: Mapping) -> dict:
     """The values of the outputs. `inputs` holds what the graph is given by name, `draws` is a
-    `Draws`, `nets` maps net names to callables `network(x, t, cond, **extra)`."""
+    `Draws`, `nets` maps net names to callables `network(x, t, cond, **extra)`. An output inside a
+    derivative has no value of its own."""
     values: dict[int, object] = {}
     inside = inside_derivatives(graph)
     for node in graph.order():
         if node not in inside:
             values[node] = _value(graph, node, values, inputs, draws, nets, inside)
-    return {name: values[node] for name, node in graph.outputs.items()}
+    return {name: values[node] for name, node in graph.outputs.items() if node not in inside}
 
 
 def inside_derivatives(graph: Graph) -> set[int]:

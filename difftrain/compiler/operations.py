@@ -51,9 +51,9 @@ def pool(x: Tensor) -> Tensor:
     return x.mean(tuple(range(2, x.dim())), keepdim=True)
 
 
-def numel(x: Tensor) -> int:
-    """How many numbers one sample has."""
-    return x[0].numel()
+def numel(x: Tensor) -> Tensor:
+    """How many numbers one sample has, float64 []."""
+    return torch.tensor(float(x[0].numel()), dtype=torch.float64)
 
 
 def pick(table: Tensor, index: Tensor) -> Tensor:
@@ -61,24 +61,24 @@ def pick(table: Tensor, index: Tensor) -> Tensor:
     return table[index.long()]
 
 
-def _tensors(a, b):
-    """Both as tensors, a plain number taking the other's type and place."""
-    like = a if isinstance(a, Tensor) else b
-    return tuple(x if isinstance(x, Tensor) else torch.full_like(like, x) for x in (a, b))
-
-
 def smaller(a, b) -> Tensor:
-    """The smaller, element by element; a may be a number."""
-    return torch.minimum(*_tensors(a, b))
+    """The smaller, element by element; one of them may be a number."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    return b.clamp(max=a) if isinstance(b, Tensor) else a.clamp(max=b)
 
 
 def larger(a, b) -> Tensor:
-    """The larger, element by element; a may be a number."""
-    return torch.maximum(*_tensors(a, b))
+    """The larger, element by element; one of them may be a number."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else a.clamp(min=b)
 
 
 def where(test: Tensor, a, b) -> Tensor:
-    """a where the test holds, else b."""
+    """a where the test holds, else b. Two plain numbers keep all their digits."""
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        a = torch.tensor(a, dtype=torch.float64)
     return torch.where(test, a, b)
 
 
@@ -87,6 +87,8 @@ def rows(test: Tensor, a, b):
     rows are samples, a mapping or sequence of such, or None; a may be a single row for all."""
     if b is None:
         return None
+    if a is None:
+        raise ValueError("`null` must be given: it is the condition of the rows that are dropped")
     if isinstance(b, Mapping):
         return {k: rows(test, a[k], v) for k, v in b.items()}
     if isinstance(b, Sequence):

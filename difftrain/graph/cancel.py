@@ -16,11 +16,12 @@ from operator import add
 
 from difftrain.graph.graph import Graph, from_terms, to_terms
 from difftrain.language.algebra import linear, linear_leaves, reaches, simplify
-from difftrain.language.numbers import constant, points, value
-from difftrain.language.term import Term, const, is_const, make, rebuild, walk, with_args
+from difftrain.language.numbers import constant, draws, points, values
+from difftrain.language.term import Term, const, is_const, leaf, make, rebuild, walk, with_args
 
 WHOLE = ("alpha", "sigma")  # kept as they are: expanding them would lose digits
 REDUCTIONS = ("mean", "sum")
+STEPPED = ("where", "min", "max", "abs", "floor", "ceil", "pick")
 
 
 class Facts:
@@ -51,19 +52,19 @@ class Facts:
         preds, targets = found.values()
         return list(dict.fromkeys((p, targets[w]) for w, p in preds.items() if w in targets))
 
-    def plain(self, term: Term) -> Term:
-        """The term with given quantities drawn from their laws, for numbers only."""
+    def provable(self, *terms: Term) -> list[Term]:
+        """The terms with given quantities drawn from their laws, in a form to prove identities."""
+        return free_of_steps([rebuild(term, self._drawn) for term in terms])
 
-        def change(part: Term, args):
-            if part.op == "input" and part["name"] in self.laws:
-                return self.laws[part["name"]]
-
-        return rebuild(term, change)
+    def _drawn(self, part: Term, args) -> Term | None:
+        """A given quantity, drawn from its law."""
+        if part.op == "input" and part["name"] in self.laws:
+            return self.laws[part["name"]]
 
     def known(self, term: Term) -> float | None:
         """The number that a term always equals, if there is one."""
-        plain = self.plain(term)
-        return constant(plain, points(plain))
+        (shown,) = self.provable(term)
+        return constant(shown, points(shown))
 
     def simple(self, term: Term) -> Term:
         return simplify(term, self.atoms, self.known)
@@ -82,22 +83,40 @@ class Facts:
         return None
 
     def _proportional(self, left: dict, right: dict, pivot: Term) -> bool:
-        """Whether left = c * right, entry by entry, at points inside the support."""
+        """Whether left = c * right for one c, entry by entry, wherever both are finite."""
         zero = const(0)
-        entries = [self.plain(side.get(k, zero)) for k in {*left, *right} for side in (left, right)]
-        pivots = [self.plain(left[pivot]), self.plain(right[pivot])]
-        at = points(*entries, *pivots)
-        inner = at[1:-1][:: max(1, len(at) // 16)] or at
-        return all(_same_ratio(known, entries, pivots) for known in inner)
+        keys = [pivot, *(k for k in {*left, *right} if k is not pivot)]
+        shown = self.provable(*(side.get(k, zero) for k in keys for side in (left, right)))
+        rows = values(shown, points(*shown))
+        finite = [row for row in rows if all(math.isfinite(v) for v in row)]
+        return 2 * len(finite) > len(rows) and all(_same_ratio(row) for row in finite)
 
 
-def _same_ratio(known: dict, entries: list[Term], pivots: list[Term]) -> bool:
-    top, bottom = (value(p, known) for p in pivots)
-    numbers = [value(e, known) for e in entries]
-    for a, b in zip(numbers[::2], numbers[1::2], strict=True):
-        if not math.isclose(a * bottom, b * top, rel_tol=1e-9, abs_tol=1e-12):
-            return False
-    return True
+def _same_ratio(row: list[float]) -> bool:
+    """Whether a / b is the same for all pairs (a, b) that follow each other."""
+    top, bottom, *others = row
+    pairs = zip(others[::2], others[1::2], strict=True)
+    return all(math.isclose(a * bottom, b * top, rel_tol=1e-9, abs_tol=1e-12) for a, b in pairs)
+
+
+def free_of_steps(terms: list[Term]) -> list[Term]:
+    """The terms as functions of numbers that are free of each other and smooth between them.
+
+    An identity of smooth functions that holds on a grid holds everywhere; one with steps in it
+    might fail between two points. So every index of a discrete process is looked at, and elsewhere
+    whatever has steps (`if`, `min`, `floor`, a table) stands for any number, as `step` always does.
+    """
+    leaves = draws(*terms)
+    every_point = len(leaves) == 1 and leaves[0]["law"] == "integer"
+    free = () if every_point else STEPPED
+    names: dict[Term, str] = {}
+
+    def change(part: Term, args):
+        if part.op in free or (part.op == "input" and part["name"] == "step"):
+            name = names.setdefault(part, f"any.{len(names)}")
+            return leaf("draw", "sample", const(0.05), const(0.95), law="uniform", name=name)
+
+    return [rebuild(term, change) for term in terms]
 
 
 def cancel(graph: Graph) -> Graph:

@@ -9,6 +9,7 @@ holds for alpha and sigma, and only they are moved.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import reduce
 
@@ -41,9 +42,7 @@ def linear(term: Term, unknowns: frozenset[Term]) -> dict[Term, Term]:
             left, right = (linear(a, unknowns) for a in term.args)
             zero = const(0)
             keys = [*left, *(k for k in right if k not in left)]
-            return {
-                k: make(term.op, left.get(k, zero), right.get(k, zero)) for k in keys
-            }
+            return {k: make(term.op, left.get(k, zero), right.get(k, zero)) for k in keys}
         case "neg":
             return {k: make("neg", v) for k, v in linear(term.args[0], unknowns).items()}
         case "mul":
@@ -58,8 +57,7 @@ def linear(term: Term, unknowns: frozenset[Term]) -> dict[Term, Term]:
             zero = const(0)
             keys = [*left, *(k for k in right if k not in left)]
             return {
-                k: make("where", term.args[0], left.get(k, zero), right.get(k, zero))
-                for k in keys
+                k: make("where", term.args[0], left.get(k, zero), right.get(k, zero)) for k in keys
             }
     raise NotLinear(term)
 
@@ -157,7 +155,7 @@ def product(term: Term, atoms: frozenset[Term] = frozenset()) -> Product:
         return Product(1.0, ((term, 1.0),))
     parts = lambda: [product(a, atoms) for a in term.args]  # noqa: E731
     match term.op:
-        case "const":
+        case "const" if math.isfinite(term.value):
             return Product(float(term.value))
         case "mul":
             return reduce(Product.__mul__, parts())
@@ -251,9 +249,7 @@ def linear_leaves(term: Term, whole: frozenset[Term] = frozenset()) -> frozenset
         top = stack.pop()
         if top.kind in ("scalar", "sample"):
             continue
-        if top not in whole and top.op in ("add", "sub", "neg"):
-            stack.extend(top.args)
-        elif top not in whole and top.op == "mul" and _one_field(top):
+        if top not in whole and top.op in ("add", "sub", "neg") or top not in whole and top.op == "mul" and _one_field(top):
             stack.extend(top.args)
         elif top not in whole and top.op == "div" and top.args[1].kind in ("scalar", "sample"):
             stack.append(top.args[0])
