@@ -38,9 +38,8 @@ def failure(error: Exception) -> Failure:
             return Failure(f"`{path}`: {reason.lower()}", USAGE)
         case OSError():
             return Failure(str(error) or "a file could not be read or written", USAGE)
-    what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
     return Failure(
-        f"difftrain itself failed ({what}), which is our fault: please report it with the spec; "
+        "difftrain itself failed, which is our fault: please report it with the spec; "
         "DIFFTRAIN_TRACEBACK=1 shows where",
         BUG,
     )

@@ -1,11 +1,15 @@
-"""From arguments to files and settings."""
+"""From arguments to files, settings and checked specs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from difftrain.commands.console import complain
 from difftrain.commands.failure import USAGE, Failure
+from difftrain.language.check import check, need
+from difftrain.language.finding import SpecError
+from difftrain.language.spec import Spec, read_text
 
 
 def specs(paths: Sequence[str]) -> list[str]:
@@ -46,3 +50,14 @@ def settings(pairs: Sequence[str]) -> dict[str, str]:
             raise Failure(f"`--set {pair}` sets nothing: write `--set name=value`", USAGE)
         result[name.strip()] = value.strip()
     return result
+
+
+def read(path: str, changes: dict[str, str], command: str = "") -> Spec:
+    """The checked spec of a file, with every block that the command needs; what is only doubtful is
+    told. Raises SpecError."""
+    spec, found = check(read_text(path), changes)
+    missing = need(spec, command)
+    if missing or any(f.severity == "error" for f in found):
+        raise SpecError([*found, *missing])
+    complain(found)
+    return spec

@@ -6,25 +6,27 @@ from argparse import Namespace
 from pathlib import Path
 
 from difftrain.commands.failure import CLEAN
-from difftrain.commands.paths import one_spec, settings
+from difftrain.commands.paths import one_spec, read, settings
 
 
 def compile_spec(args: Namespace) -> int:
     """Writes one executable file that trains the spec."""
+    path, changes = one_spec(args.spec), settings(args.settings)
+    read(path, changes, "compile")  # what is wrong is told before torch is imported
     from difftrain.compiler.executable import pack
     from difftrain.training.bundle import compile_spec as bundle
 
-    path = one_spec(args.spec)
-    files = bundle(path, settings(args.settings)).files()
+    files = bundle(path, changes).files()
     print(pack(files, args.output or Path(path).stem))
     return CLEAN
 
 
 def train(args: Namespace) -> int:
     """Trains the spec; the exit code is the run's."""
+    path, changes = one_spec(args.spec), settings(args.settings)
+    read(path, changes, "train")
     from difftrain.training.run import train as run
 
-    path, changes = one_spec(args.spec), settings(args.settings)
     return run(path, changes, data=args.data, steps=args.steps, resume=args.resume, out=args.output)
 
 

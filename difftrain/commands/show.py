@@ -6,23 +6,11 @@ import re
 import textwrap
 from argparse import Namespace
 
-from difftrain.commands.console import complain
 from difftrain.commands.failure import CLEAN, FINDINGS, USAGE, Failure
-from difftrain.commands.paths import one_spec, settings, specs
-from difftrain.language.check import check
+from difftrain.commands.paths import one_spec, read, settings, specs
 from difftrain.language.explain import explain as explain_spec
-from difftrain.language.finding import SpecError
 from difftrain.language.nearest import nearest
-from difftrain.language.spec import Spec, read_text
-
-
-def read(path: str, changes: dict[str, str]) -> Spec:
-    """The checked spec of a file; what is only doubtful is told. Raises SpecError."""
-    spec, found = check(read_text(path), changes)
-    if any(f.severity == "error" for f in found):
-        raise SpecError(found)
-    complain(found)
-    return spec
+from difftrain.language.spec import Spec
 
 
 def explain(args: Namespace) -> int:
