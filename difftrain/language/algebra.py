@@ -149,34 +149,37 @@ def _intern(total: Sum) -> Sum:
     return _sums.setdefault(total, total)
 
 
+OPENED = ("add", "sub", "mul", "div", "neg", "sqrt", "pow", "where", "min", "max")
+
+
 def product(term: Term, atoms: frozenset[Term] = frozenset()) -> Product:
     """The term as a product of powers. What has no such form is a base of its own."""
     if term in atoms:
         return Product(1.0, ((term, 1.0),))
-    parts = lambda: [product(a, atoms) for a in term.args]  # noqa: E731
+    parts = [product(a, atoms) for a in term.args] if term.op in OPENED else []
     match term.op:
         case "const" if math.isfinite(term.value):
             return Product(float(term.value))
         case "mul":
-            return reduce(Product.__mul__, parts())
+            return reduce(Product.__mul__, parts)
         case "div":
-            left, right = parts()
+            left, right = parts
             if right.factor != 0:
                 return left * right**-1
         case "add":
-            return add(parts())
+            return add(parts)
         case "sub":
-            left, right = parts()
+            left, right = parts
             return left + Product(-1.0) * right
         case "neg":
-            return Product(-1.0) * parts()[0]
+            return Product(-1.0) * parts[0]
         case "sqrt":
-            return _root(term, parts()[0], 0.5)
+            return _root(term, parts[0], 0.5)
         case "pow" if term.args[1].op == "const":
-            return _root(term, parts()[0], float(term.args[1].value))
+            return _root(term, parts[0], float(term.args[1].value))
         case "where" | "min" | "max":
             inner = [term.args[0]] if term.op == "where" else []
-            rest = [back(p) for p in parts()[len(inner) :]]
+            rest = [back(p) for p in parts[len(inner) :]]
             return Product(1.0, ((make(term.op, *inner, *rest), 1.0),))
     return Product(1.0, ((term, 1.0),))
 
@@ -249,14 +252,21 @@ def linear_leaves(term: Term, whole: frozenset[Term] = frozenset()) -> frozenset
         top = stack.pop()
         if top.kind in ("scalar", "sample"):
             continue
-        if top not in whole and top.op in ("add", "sub", "neg") or top not in whole and top.op == "mul" and _one_field(top):
-            stack.extend(top.args)
-        elif top not in whole and top.op == "div" and top.args[1].kind in ("scalar", "sample"):
-            stack.append(top.args[0])
-        else:
+        parts = () if top in whole else _linear_parts(top)
+        stack.extend(parts)
+        if not parts:
             found.add(top)
     return frozenset(found)
 
 
-def _one_field(term: Term) -> bool:
-    return any(a.kind in ("scalar", "sample") for a in term.args)
+def _linear_parts(term: Term) -> tuple[Term, ...]:
+    """What a field is put together from, if it is a sum or a multiple of something."""
+    numbers = [a.kind in ("scalar", "sample") for a in term.args]
+    match term.op:
+        case "add" | "sub" | "neg":
+            return term.args
+        case "mul" if any(numbers):
+            return term.args
+        case "div" if numbers[1]:
+            return term.args[:1]
+    return ()
