@@ -33,8 +33,14 @@ def build(
         names = labels(derivation)
     except Problem as problem:
         raise SpecError([problem.finding]) from None
-    targets = {n: t for t, called in names.items() for n in called if n.startswith("target~")}
-    return from_terms({**targets, **roots}, names, given, laws)
+    return from_terms({**_targets(names), **roots}, names, given, laws)
+
+
+def _targets(names: dict[Term, tuple[str, ...]]) -> dict[str, Term]:
+    """The target of every other world that has a pred, which cancelling reads."""
+    titled = {title: term for term, called in names.items() for title in called}
+    worlds = [t.removeprefix("pred") for t in titled if t.startswith("pred~")]
+    return {f"target{w}": titled[f"target{w}"] for w in worlds if f"target{w}" in titled}
 
 
 def wanted_term(derivation: Derivation, name: str) -> Term:

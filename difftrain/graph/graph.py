@@ -76,11 +76,16 @@ class Graph:
             data = self[node]
             attrs = "".join(f" {k}={_brief(v)}" for k, v in sorted(data["attrs"].items()))
             args = " ".join(f"%{a}" for a in data["args"])
-            names = " ".join(data["names"])
+            names = " ".join(_shown(data["names"]))
             body = f"{data['op']}{' ' if args else ''}{args}{attrs}"
-            lines.append(f"%{node:<4}{data['kind']:<10}{body:<44}{names}".rstrip())
+            lines.append(f"%{node:<4}{data['kind']:<10}{body:<44} {names}".rstrip())
         lines += [f"-> {name} = %{node}" for name, node in self.outputs.items()]
         return "\n".join(lines)
+
+
+def _shown(names: tuple[str, ...]) -> list[str]:
+    """The names, without those of other worlds where the value is the same in this one."""
+    return [n for n in names if "~" not in n or n.partition("~")[0] not in names]
 
 
 def _brief(value) -> str:

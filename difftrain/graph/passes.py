@@ -178,9 +178,10 @@ PASSES: tuple[Pass, ...] = (
 def run(graph: Graph, watch: Callable[[str, Graph, Graph], None] | None = None) -> Graph:
     """The graph after all passes; `watch(name, before, after)` sees each one."""
     verify(graph, "build")
+    wanted = [name for name in graph.outputs if "~" not in name]
     for step in PASSES:
         after = step(graph)
-        verify(after, step.__name__)
+        verify(after, step.__name__, wanted)
         if watch is not None:
             watch(step.__name__, graph, after)
         graph = after
