@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from difftrain.language.finding import Finding
-from difftrain.language.rules import FILE_RULES, RULES
+from difftrain.language.rules import FILE_RULES, LAST, RULES
 from difftrain.language.rules.case import Case
 from difftrain.language.rules.run import need
 from difftrain.language.spec import Spec, read_source
@@ -32,6 +32,8 @@ def check(source: Source, settings: Mapping | None = None) -> tuple[Spec, list[F
             case = Case(spec, objective)
             for rule in RULES:
                 rule(case, found)
+        for rule in LAST:
+            rule(spec, found)
     unique = dict.fromkeys(broken or _causes(found))
     spec.findings = tuple(sorted(unique, key=lambda f: (f.place, f.code)))
     return spec, list(spec.findings)

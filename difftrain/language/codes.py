@@ -146,6 +146,8 @@ DIF130 a number out of range
     The definition states which numbers make sense.
 DIF131 a word that is no choice
     The definition lists the words that may stand here.
+DIF132 a range that is none
+    Behind `in` stands a range of numbers (`0..1`) or a list of words (`[zero, free]`).
 DIF140 an unknown option
     An option that nothing reads would be a mistake that says nothing.
 DIF141 a statement among options

@@ -21,6 +21,7 @@ from difftrain.language.references import circle, circular
 from difftrain.language.scope import DERIVED, NETS, OPEN, Equation, Equations, Scope, own_name
 from difftrain.language.term import Term, const, leaf, make, rebuild, walk, word
 from difftrain.language.tree import (
+    Argument,
     Binary,
     Call,
     Expr,
@@ -148,7 +149,7 @@ class Derivation:
     def _derive(self, name: str, world: World, at) -> Term:
         self.read_names.add(name)
         if name in DERIVED:
-            return self.row(world)[DERIVED.index(name)]
+            return self.row(world, at)[DERIVED.index(name)]
         versions = self.equations.versions.get(name)
         if name in INPUTS and not versions:
             return leaf("input", INPUTS[name], name=name)
@@ -169,7 +170,8 @@ class Derivation:
             if equation.form == "~":
                 return self._draw(equation, world)
             inner = world.cap(**{equation.name: version - 1}) if version else world
-            return self.value(equation.value, Frame(equation.scope, {}, inner))
+            read = self.value if equation.argument else self.number
+            return read(equation.value, Frame(equation.scope, {}, inner))
         except Problem as problem:
             problem.trail.append(equation)
             raise
@@ -202,12 +204,12 @@ class Derivation:
         self.streams += 1
         return leaf("draw", kind, *args, span=expr.span, law=law, name="", stream=self.streams)
 
-    def row(self, world: World) -> tuple[Term, Term]:
+    def row(self, world: World, at: Expr | None = None) -> tuple[Term, Term]:
         """(a, b) of `target = a * x0 + b * eps`, from the prediction's own equation."""
         x0, eps = (leaf("variable", "field", name=n) for n in ("x0", "eps"))
         inner = world.cap(target=0, flow=0).swap({"x0": x0, "eps": eps})
         inner = replace(inner, plain=inner.plain | {"target", "flow"})
-        target = self.read("target", inner)
+        target = self.read("target", inner, at)
         try:
             found = linear(target, frozenset((x0, eps)))
         except NotLinear:
@@ -356,6 +358,12 @@ class Derivation:
         }
         return self.value(function.definition.node.value, Frame(scope, env, frame.world))
 
+    def only(self, expr: Call) -> Argument:
+        """The argument of a form that takes exactly one."""
+        if len(expr.args) != 1 or expr.args[0].name:
+            raise Problem(self._arity(expr, 1))
+        return expr.args[0]
+
     def _positional(self, expr: Call, frame: Frame, count: int) -> list[Term]:
         if len(expr.args) != count or any(a.name for a in expr.args):
             raise Problem(self._arity(expr, count))
@@ -375,7 +383,8 @@ class Derivation:
 
     def _cycle(self, name, at) -> Finding:
         names = [n for n, _ in self.active]
-        chain = [*names[names.index(name) :], name]
+        start = len(names) - 1 - names[::-1].index(name)
+        chain = [*names[start:], name]
         span = at.span if at is not None else self.equations.versions[name][-1].span
         text = f"`{name}` is defined by itself: " + " -> ".join(chain)
         hint = f"`{name}' = …` reads the value it had before"
@@ -489,7 +498,7 @@ def _name_streams(law: Term, name: str) -> Term:
 
 def _again(self: Derivation, expr: Call, frame: Frame) -> Term:
     """`again(q)`: the law of q with streams of its own."""
-    (argument,) = expr.args
+    argument = self.only(expr)
     world = replace(frame.world, plain=frozenset({ALL}))
     law = self.number(argument.value, Frame(frame.scope, frame.env, world))
 
@@ -504,7 +513,7 @@ def _dot(self: Derivation, expr: Call, frame: Frame) -> Term:
     """`dot(e)`: the derivative in t, nothing else moving."""
     from difftrain.language.calculus import NoDerivative, derivative
 
-    (argument,) = expr.args
+    argument = self.only(expr)
     t = self.read("t", frame.world, expr)
     moving = leaf("variable", "sample", name="t")
     inner = Frame(frame.scope, frame.env, frame.world.swap({"t": moving}))
@@ -526,7 +535,7 @@ def _dot(self: Derivation, expr: Call, frame: Frame) -> Term:
 
 def _ddt(self: Derivation, expr: Call, frame: Frame) -> Term:
     """`ddt(e)`: forward-mode derivative of e, t moving with 1 and xt with `flow`."""
-    (argument,) = expr.args
+    argument = self.only(expr)
     self.depth += 1
     names = ("t", "xt")
     at = [self.read(n, frame.world, expr) for n in names]

@@ -48,7 +48,7 @@ class Scope:
 @dataclass(frozen=True, eq=False)
 class Equation:
     """One version of a quantity. `before` says at which version the names that the same block
-    redefines stand for its draws."""
+    redefines stand for its draws. An argument may be a function; every other equation is a number."""
 
     name: str
     value: Expr
@@ -56,6 +56,7 @@ class Equation:
     form: str  # "=", "~" or "'"
     span: Span
     before: dict[str, int] = field(default_factory=dict)
+    argument: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +203,8 @@ def add_use(equations: Equations, use: Use, found: list[Finding], layer: str) ->
     equations.uses.append(use)
     for name, (value, where) in bound.items():
         inner = Scope(where.label, where.home, where.locals, where.words | words)
-        equations.base(Equation(local[name], value, inner, "=", value.span))
+        given = Equation(local[name], value, inner, "=", value.span, argument=True)
+        equations.base(given)
     add_statements(equations, statements, scope, found, layer, use)
 
 

@@ -173,7 +173,8 @@ class _Places:
         slot = "law" if isinstance(node, Draw) else "value"
 
         def put(expr: Expr) -> Tree:
-            return self._changed(block, node, replace(node, span=expr.span, **{slot: expr}))
+            whole = Span(expr.span.source, 0, expr.span.end)
+            return self._changed(block, node, replace(node, span=whole, **{slot: expr}))
 
         return self._inside(getattr(node, slot), rest, put)
 

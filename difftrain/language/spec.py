@@ -148,7 +148,7 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     base = [s for s in prelude.node.body if isinstance(s, (Define, Draw))]
     equations.quantities = {s.name for s in base} | {*GIVEN, *OPEN}
     add_statements(equations, base, Scope("", prelude.home), found, "base")
-    slots, body = _split(block, found)
+    slots, body = _split(block, names, found)
     uses = {slot: _uses(slots[slot], kind, scope, found) for slot, kind in SLOTS.items() if slot in slots}
     for use in (*uses.get("process", ()), *uses.get("prediction_type", ())):
         add_use(equations, use, found, "base")
@@ -164,32 +164,39 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     return Objective(block.name or "", block, names, equations, uses, backbone)
 
 
-def _split(block: Block, found: list[Finding]) -> tuple[dict[str, Define], list]:
+def _split(block: Block, names: Names, found: list[Finding]) -> tuple[dict[str, Define], list]:
     """The slots of an objective, and its other statements."""
-    wanted = (*SLOTS, "backbone")
-    slots = {s.name: s for s in block.body if isinstance(s, Define) and s.name in wanted}
-    body = [s for s in block.body if not (isinstance(s, Define) and s.name in wanted)]
+    slots = {s.name: s for s in block.body if isinstance(s, Define) and s.name in KINDS}
+    body = [s for s in block.body if not (isinstance(s, Define) and s.name in KINDS)]
     body = [s for s in body if not is_function(s)]
-    for slot in wanted:
-        if slot not in slots and (meant := _misspelt(slot, body)):
+    for slot, kind in KINDS.items():
+        if slot not in slots and (meant := _meant(slot, kind, body, names)):
             body.remove(meant)
             slots[slot] = meant
-            found.append(_no_such_slot(meant, slot))
+            found.append(_no_such_slot(meant, slot, kind))
     return slots, body
 
 
-def _misspelt(slot: str, body: list) -> Define | None:
-    """The statement that was meant to fill a slot."""
-    near = (s for s in body if isinstance(s, Define) and nearest(s.name, [slot], MEANT))
-    return next(near, None)
+def _meant(slot: str, kind: str, body: list, names: Names) -> Define | None:
+    """The statement that was meant to fill a slot: a name like it, or a value of its kind."""
+    for node in body:
+        if isinstance(node, Define):
+            path = getattr(node.value, "path", None)
+            of_kind = path and kind != "strategy" and names.find(kind, path)
+            if nearest(node.name, [slot], MEANT) or of_kind:
+                return node
+    return None
 
 
+KINDS = {**SLOTS, "backbone": "backbone"}
 MEANT = {"prediction": "prediction_type", "strategies": "strategy", "network": "backbone"}
 MEANT |= {"model": "backbone", "schedule": "process", "scheduler": "process"}
 
 
-def _no_such_slot(node: Define, slot: str) -> Finding:
+def _no_such_slot(node: Define, slot: str, kind: str) -> Finding:
     text = f"an objective has no `{node.name}`"
+    if not nearest(node.name, [slot], MEANT):
+        text = f"`{node.name}` is not where a {kind} goes"
     return Finding("DIF108", text, Label(node.head), help=f"write `{slot}`", fix=Fix(node.head, slot))
 
 
@@ -237,9 +244,19 @@ def _backbone(value: Expr, equations: Equations, scope: Scope, found) -> Backbon
     uses: list[Use] = []
     part = read_part(use, equations, found, uses)
     options = dict(part.options)
-    times, inputs = options.pop("times", ("t",)), options.pop("inputs", ())
+    times, inputs = (_quantities(use, options.pop(n, None), found) for n in ("times", "inputs"))
     part = Part(part.kind, part.module, options)
-    return Backbone(part, tuple(times), tuple(inputs), tuple(uses))
+    return Backbone(part, times or ("t",), inputs, tuple(uses))
+
+
+def _quantities(use: Use, value, found: list[Finding]) -> tuple[str, ...]:
+    """The names of quantities in an option that lists them."""
+    items = value if isinstance(value, tuple) else () if value is None else (value,)
+    for item in items:
+        if not isinstance(item, str):
+            text = f"`{item}` is not a quantity that a network could be given"
+            found.append(Finding("DIF213", text, Label(use.call.span), help="name a quantity"))
+    return tuple(i for i in items if isinstance(i, str))
 
 
 # ---- reading a file

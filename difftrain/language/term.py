@@ -167,7 +167,7 @@ def _neutral(op: str, args: tuple[Term, ...]) -> Term | None:
         case ("neg", (a,)) if a.op == "neg":
             return a.args[0]
         case ("stop", (a,)) if a.op in ("const", "draw", "input", "stop"):
-            return a
+            return None if a.kind == "condition" else a  # whose encoder may be trained
         case ("where", (_, a, b)) if a is b:
             return a
     return None

@@ -162,13 +162,17 @@ def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> Non
             text = f"`{formal.name}` cannot be `{expr.span.text}`"
             found.append(Finding("DIF131", text, Label(expr.span), help=hint))
     elif isinstance(domain, Interval) and isinstance(value, (int, float)):
-        low, high = (_plain(e) for e in (domain.low, domain.high))
-        if not low <= value <= high:
+        low, high = (plain(e) for e in (domain.low, domain.high))
+        if None not in (low, high) and low <= high and not low <= value <= high:
             found.append(_outside(formal.name, expr, value, domain))
 
 
-def _plain(expr: Expr) -> float:
-    return -expr.value.value if isinstance(expr, Negate) else expr.value
+def plain(expr: Expr) -> float | None:
+    """The number that an expression is, where it is one that is written out."""
+    if isinstance(expr, Negate):
+        inner = plain(expr.value)
+        return None if inner is None else -inner
+    return expr.value if isinstance(expr, (Number, Quantity)) else None
 
 
 def _outside(name: str, expr: Expr, value, domain: Interval) -> Finding:

@@ -6,7 +6,7 @@ that one has said: so the order of the lists counts.
 
 from difftrain.language.rules import derived, inert, loss, path, run, shape, weights
 
-FILE_RULES = (shape.statements, shape.bases, shape.parameters, run.averaging, inert.definitions)
+FILE_RULES = (shape.statements, shape.bases, shape.ranges, shape.parameters, run.averaging)
 RULES = (
     derived.domains,
     derived.given_times,
@@ -25,3 +25,4 @@ RULES = (
     inert.arguments,
     inert.equations,
 )
+LAST = (inert.definitions,)

@@ -55,9 +55,10 @@ class Case:
     def term(self, name: str, world: World = HERE) -> Term | None:
         """The term of a quantity, or None where it cannot be derived."""
         try:
-            return self.derivation.read(name, world)
+            term = self.derivation.read(name, world)
         except Problem:
             return None
+        return term if isinstance(term, Term) else None
 
     def expression(self, expr: Expr, scope: Scope, world: World = HERE) -> Term | None:
         """The term of an expression, or None where it cannot be derived."""

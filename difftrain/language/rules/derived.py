@@ -35,6 +35,9 @@ def given_times(case: Case, found: list[Finding]) -> None:
     if backbone is None or not case.slot("process"):
         return
     call = backbone.uses[0].call.span
+    if backbone.times[0] != "t":
+        text, hint = "the first time that a network is given is `t`", "write `times = [t, …]`"
+        found.append(Finding("DIF213", text, Label(call), help=hint))
     if "r" in versions and "r" not in backbone.times:
         earlier = Label(case.place(case.newest("r")), "this defines `r`")
         text = "the network is not given `r`, the earlier time of this objective"

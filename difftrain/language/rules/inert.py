@@ -86,9 +86,9 @@ def equations(case: Case, found: list[Finding]) -> None:
     for versions in case.objective.equations.versions.values():
         for equation in versions:
             silent = equation in case.used or equation in lost or equation.scope.home.shipped
-            argument = equation.span is equation.value.span
             known = equation.scope.label in labels or equation.name in ("fit", "r")
-            if not (silent or argument or known):
+            wrong = any(inside(f.at.span, equation.span) for f in found)
+            if not (silent or equation.argument or known or wrong):
                 found.append(_unread(equation))
 
 
@@ -107,8 +107,10 @@ def _unread(equation: Equation) -> Finding:
 
 def definitions(spec: Spec, found: list[Finding]) -> None:
     """Every definition and import of a file with objectives is used by one of its blocks."""
+    if any(f.code < "DIF130" for f in found):
+        return  # a name that means nothing yet may be what uses them
     own = spec.names.own.values()
-    if spec.objectives and not any(f.code in ("DIF104", "DIF107") for f in found):
+    if spec.objectives:
         used = _reached(spec)
         found += [_unused(d) for d in own if d not in used and d.kind != "objective"]
     spaces = {p[0] for node in spec.tree.body for p in paths(node) if len(p) > 1}

@@ -23,6 +23,8 @@ X0, EPS = (leaf("variable", "field", name=n) for n in ("x0", "eps"))
 def singular(case: Case, found: list[Finding]) -> None:
     """Clean data and noise can be recovered from xt and the prediction wherever t goes."""
     zeros = _zeros(case)
+    if None in (case.term("x0_hat", ALONG), case.term("alpha", ALONG)):
+        return
     if not zeros or len(zeros) == len(case.times.values) > 1:
         return  # everywhere: then the target is the input, which is a rule of its own
     bad = [t for t in zeros if t != case.times.low] or (
@@ -121,7 +123,7 @@ def _ways_out(case: Case, touched: bool) -> str:
     ways = [f"use `{name}`"] if (name := _best_prediction(case)) else []
     ways += [f"drop `{a.span.text}`" for a, _ in _without_arguments(case)]
     law = case.term("t")
-    if touched and law.op == "draw" and law["law"] == "uniform":
+    if touched and law is not None and law.op == "draw" and law["law"] == "uniform":
         low, high = case.times.low, case.times.high
         ways.append(f"write `t ~ uniform({shown(low)}, {shown(high - (high - low) / 1000)})`")
     return ", or ".join(ways) or "keep `t` away from there"

@@ -10,8 +10,22 @@ from difftrain.language.names import LIBRARY_KINDS, Definition
 from difftrain.language.nearest import nearest
 from difftrain.language.scope import Equations, Scope, base_of
 from difftrain.language.spec import Spec
-from difftrain.language.tree import Block, Define, Draw, Import, Param, Statement
-from difftrain.language.values import check_domain
+from difftrain.language.tree import (
+    Block,
+    Define,
+    Draw,
+    Expr,
+    Formal,
+    Import,
+    Interval,
+    ListOf,
+    Name,
+    Number,
+    Param,
+    Statement,
+    Text,
+)
+from difftrain.language.values import check_domain, plain
 
 EQUATIONS = (*LIBRARY_KINDS, "objective")
 
@@ -99,6 +113,30 @@ def _no_base(definition: Definition, name: str) -> Finding:
     hint = f"write `from {close}`" if close else "there are " + ", ".join(f"`{n}`" for n in known)
     text = f"there is no {kind} `{name}` to make `{definition.name}` from"
     return Finding("DIF119", text, Label(definition.node.head), help=hint)
+
+
+def ranges(spec: Spec, found: list[Finding]) -> None:
+    """What stands behind `in` is a range of numbers or a list of words."""
+    for definition in spec.names.own.values():
+        node = definition.node
+        formals = (node,) if isinstance(node, Param) else getattr(node, "formals", None) or ()
+        found += [_no_range(f) for f in formals if f.domain is not None and not _is_range(f.domain)]
+
+
+def _is_range(domain: Expr) -> bool:
+    match domain:
+        case Interval(low=low, high=high):
+            ends = plain(low), plain(high)
+            return None not in ends and ends[0] <= ends[1]
+        case ListOf(items=items):
+            return all(isinstance(i, (Name, Number, Text)) for i in items)
+    return False
+
+
+def _no_range(formal: Formal | Param) -> Finding:
+    text = f"`{formal.domain.span.text}` is not a range"
+    hint = "write `low..high` with two numbers, the smaller one first, or `[word, word]`"
+    return Finding("DIF132", text, Label(formal.domain.span), help=hint)
 
 
 def parameters(spec: Spec, found: list[Finding]) -> None:

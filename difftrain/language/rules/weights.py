@@ -15,6 +15,7 @@ from itertools import permutations
 from difftrain.language.algebra import NotLinear, linear
 from difftrain.language.finding import Finding, Fix, Label
 from difftrain.language.names import Definition, Names
+from difftrain.language.operations import KindError
 from difftrain.language.rules.case import ALONG, Case, shown
 from difftrain.language.scope import Equation
 from difftrain.language.term import Term, const, leaf, make
@@ -188,11 +189,12 @@ def _slope(case: Case, residual: Call, scope) -> Term | None:
         return None
     try:
         return linear(make("sub", *sides), frozenset((PRED, X0, EPS))).get(PRED, const(0))
-    except NotLinear:
+    except (NotLinear, KindError):
         return None
 
 
 def _value(case: Case, weight: Weight, scope) -> Term | None:
+    """The product of a weight's factors."""
     product = const(1)
     for factor in weight.factors:
         base = case.expression(factor.base, scope, ALONG)
@@ -201,5 +203,6 @@ def _value(case: Case, weight: Weight, scope) -> Term | None:
             exponent = case.expression(factor.exponent, scope, ALONG)
         if base is None or exponent is None:
             return None
-        product = make("mul" if factor.sign > 0 else "div", product, make("pow", base, exponent))
+        power = base if factor.exponent is None else base**exponent
+        product = product * power if factor.sign > 0 else product / power
     return product
