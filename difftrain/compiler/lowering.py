@@ -1,13 +1,15 @@
-"""Lowering: whether a step is compiled, the compiled step, and the guard against doing it twice."""
+"""Lowering: whether a step is compiled, the compiled step, the guard against doing it twice, and
+the CUDA graph that replays it."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 # What compiling a small UNet's whole step costs and gains on a CPU: docs/performance.md.
 CPU_SECONDS = 100.0
@@ -59,7 +61,6 @@ def choose(asked: str, device: str, steps: int, seconds: float | None) -> Choice
 
 def compiled(step: Callable) -> Callable:
     """The step through `torch.compile(fullgraph=True)`; compiling it a second time is an error."""
-    torch._dynamo.config.trace_autograd_ops = True
     torch._dynamo.config.error_on_recompile = False
     return torch.compile(step, fullgraph=True, dynamic=False)
 
@@ -67,3 +68,48 @@ def compiled(step: Callable) -> Callable:
 def no_more_compiling() -> None:
     """From here on a recompilation raises: the warm-up is over."""
     torch._dynamo.config.error_on_recompile = True
+
+
+WARM_UP = 3  # real steps on a side stream, in which libraries choose their kernels
+
+
+@dataclass(eq=False)
+class Replayed:
+    """A step as one CUDA graph: a replay costs one launch instead of thousands.
+
+    The first steps run as they are; then the graph is recorded on buffers of its own, into which
+    each batch is copied. State tensors are changed in place, so they are the same in every replay.
+    """
+
+    step: Callable
+    calls: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    log: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, state, batch: dict[str, Tensor], *rest) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= WARM_UP:
+            return self._warm(state, batch, *rest)
+        if self.graph is None:
+            self._record(state, batch, *rest)
+        for name, value in batch.items():
+            self.inputs[name].copy_(value)
+        self.graph.replay()
+        return self.log
+
+    def _warm(self, *args) -> dict[str, Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            log = self.step(*args)
+        torch.cuda.current_stream().wait_stream(side)
+        return log
+
+    def _record(self, state, batch: dict[str, Tensor], *rest) -> None:
+        """Recording runs nothing: the state is untouched until the first replay."""
+        self.inputs = {name: value.clone() for name, value in batch.items()}
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.log = self.step(state, self.inputs, *rest)

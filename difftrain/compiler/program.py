@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from hashlib import sha256
 from types import ModuleType
 
 import torch
@@ -37,10 +39,11 @@ class Program:
         return self._placed[key]
 
 
-def load(source: str, name: str = "difftrain_step") -> ModuleType:
-    """The module of an emitted source."""
-    module = ModuleType(name)
-    exec(compile(source, f"<{name}>", "exec"), module.__dict__)
+def load(source: str, name: str = "step") -> ModuleType:
+    """The module of an emitted source. It can be imported under its name, as tracing wants."""
+    title = f"difftrain_{name}_{sha256(source.encode()).hexdigest()[:12]}"
+    module = sys.modules[title] = ModuleType(title)
+    exec(compile(source, f"<{title}>", "exec"), module.__dict__)
     return module
 
 

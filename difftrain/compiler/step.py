@@ -54,14 +54,15 @@ def emit_step(objective: Objective, recipe: Recipe, inputs: Inputs) -> StepProgr
     """The program of one training step. Raises SpecError."""
     derived = build(objective, ("loss", *logged(objective)), inputs.given)
     graph = run(derived)
-    source = emit(graph, f"The training step of `{objective.name}`, as difftrain compiled it.")
+    title = f"The training step of `{objective.name}`, as difftrain compiled it."
     used = ["adamw", "learning_rate"]
     used += ["clipped"] * bool(recipe.clip) + ["rescale"] * (recipe.precision == "fp16")
-    imports = f"""
-from difftrain.compiler.draws import Draws
-from difftrain.compiler.update import {", ".join(sorted(used))}"""
-    source = source.replace("\n\n\ndef tables", f"{imports}\n\n\ndef tables", 1)
-    source = "\n\n".join((source, _averaging(recipe.average), _step(graph, recipe, inputs)))
+    further = {
+        "difftrain.compiler.draws": ["Draws"],
+        "difftrain.compiler.update": sorted(used),
+    }
+    functions = (_averaging(recipe.average), _step(graph, recipe, inputs))
+    source = emit(graph, title, further, functions)
     return StepProgram(source, derived, graph)
 
 
@@ -103,40 +104,47 @@ def _averaging(decay: Term) -> str:
 
 
 def _step(graph: Graph, recipe: Recipe, inputs: Inputs) -> str:
-    device, precision = "weights.device.type", DTYPES[recipe.precision]
+    half = recipe.precision != "fp32"
+    cast = f"torch.autocast(weights.device.type, {DTYPES[recipe.precision]}, enabled={half})"
     scaled = recipe.precision == "fp16"
     o = recipe.optimizer.options
     numbers = ", ".join(f"{n}={o[n]}" for n in ("beta1", "beta2", "eps", "weight_decay"))
     cosine = ', cosine=state["steps"]' if recipe.decay == "cosine" else ""
+    scale = ' * state["scale"]' * scaled
     lines = [
         "def step(state, batch, modules, plan, tables):",
         '    """One training step, in place. What is returned is logged."""',
-        '    weights = state["weights"].detach().requires_grad_()',
-        "    nets = plan.bind(modules, weights)",
         '    draw = Draws(state["seed"], state["turn"], batch["index"])',
-        f"    with torch.autocast({device}, {precision}, enabled={recipe.precision != 'fp32'}):",
+        "",
+        "    def objective(weights):",
+        "        nets = plan.bind(modules, weights)",
+        f"        with {cast}:",
         *_inputs(inputs),
-        "        values = compute(inputs, draw, nets, tables)",
-        '    loss = values["loss"].float().mean()',
+        "            values = compute(inputs, draw, nets, tables)",
+        '        loss = values["loss"].float().mean()',
+        f"        return loss{scale}, (loss, values)",
         "",
-        *_gradient(recipe),
-        "    with torch.no_grad():",
-        '        count = state["updates"] + 1.0',
-        f"        rate = learning_rate(count, {o['lr']}, warmup={recipe.warmup}{cosine})",
-        f"        adamw(state, gradient, count, rate, averaging, {numbers}{', fine=fine' * scaled})",
-        *["        rescale(state, fine)"] * scaled,
-        '        state["turn"].add_(1)',
+        '    gradient, (loss, values) = torch.func.grad(objective, has_aux=True)(state["weights"])',
+        *['    gradient = gradient / state["scale"]'] * scaled,
+        "    norm = gradient.norm()",
+        *["    fine = torch.isfinite(norm)"] * scaled,
+        *[f"    gradient = clipped(gradient, norm, {recipe.clip})"] * bool(recipe.clip),
+        '    count = state["updates"] + 1.0',
+        f"    rate = learning_rate(count, {o['lr']}, warmup={recipe.warmup}{cosine})",
+        f"    adamw(state, gradient, count, rate, averaging, {numbers}{', fine=fine' * scaled})",
+        *["    rescale(state, fine)"] * scaled,
+        '    state["turn"].add_(1)',
         "",
-        '    log = {"loss": loss.detach(), "gradient": norm, "rate": rate}',
+        '    log = {"loss": loss, "gradient": norm, "rate": rate}',
         *['    log["scale"] = state["scale"].clone()'] * scaled,
     ]
     for name in (n for n in graph.outputs if n != "loss"):
-        lines.append(f'    log["{name}"] = values["{name}"].detach().float().mean()')
+        lines.append(f'    log["{name}"] = values["{name}"].float().mean()')
     return "\n".join([*lines, "    return log", ""])
 
 
 def _inputs(inputs: Inputs) -> list[str]:
-    indent = "        "
+    indent = "            "
     lines = [f'{indent}inputs = {{"x0": batch["x0"], "step": state["updates"]}}']
     lines += [f'{indent}inputs["{name}"] = batch["{name}"]' for name in inputs.given]
     if not inputs.text:
@@ -150,18 +158,3 @@ def _inputs(inputs: Inputs) -> list[str]:
         f'{indent}inputs["null"] = nets["text"](batch["null_ids"])',
     ]
 
-
-def _gradient(recipe: Recipe) -> list[str]:
-    if recipe.precision == "fp16":
-        lines = [
-            '    (gradient,) = torch.autograd.grad(loss * state["scale"], weights)',
-            '    gradient = gradient / state["scale"]',
-            "    norm = gradient.norm()",
-            "    fine = torch.isfinite(norm)",
-        ]
-    else:
-        lines = [
-            "    (gradient,) = torch.autograd.grad(loss, weights)",
-            "    norm = gradient.norm()",
-        ]
-    return lines + [f"    gradient = clipped(gradient, norm, {recipe.clip})"] * bool(recipe.clip)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from itertools import count, tee
 from pathlib import Path
@@ -207,6 +207,7 @@ class Batches:
     start_step: int = 0
     rank: int = 0
     world: int = 1
+    notes: bool = True  # whether batches have `metadata`
 
     def __post_init__(self):
         if self.batch_size % self.world:
@@ -246,15 +247,28 @@ class Batches:
 
     def _batch(self, step: int, pixels: dict[str, Tensor]) -> dict[str, object]:
         first, size = self._samples(step)
-        samples = range(first, first + size)
-        records = [self.data.pictures.records[row] for row in self._rows(step)]
+        samples, rows = range(first, first + size), self._rows(step)
+        batch = {"index": torch.tensor(samples), **pixels}
+        if self._one_caption is not None and not self.notes:
+            return {**batch, "input_ids": self._one_caption[rows]}
+        records = [self.data.pictures.records[row] for row in rows]
         texts = [
             record.captions[phrasing(self.seed, sample, len(record.captions))]
             for sample, record in zip(samples, records, strict=True)
         ]
-        ids = {"input_ids": self.data.tokens(texts)} if self.data.tokens else {}
-        notes = [
-            {**record.fields, "file": record.file, "caption": text}
-            for record, text in zip(records, texts, strict=True)
-        ]
-        return {"index": torch.tensor(samples), **pixels, **ids, "metadata": notes}
+        if self.data.tokens:
+            batch["input_ids"] = self.data.tokens(texts)
+        if self.notes:
+            batch["metadata"] = [
+                {**record.fields, "file": record.file, "caption": text}
+                for record, text in zip(records, texts, strict=True)
+            ]
+        return batch
+
+    @cached_property
+    def _one_caption(self) -> Tensor | None:
+        """The ids of every row [N, T], where each picture has one caption."""
+        records = self.data.pictures.records
+        if self.data.tokens is None or any(len(r.captions) != 1 for r in records):
+            return None
+        return self.data.tokens([r.captions[0] for r in records])

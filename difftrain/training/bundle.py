@@ -45,7 +45,7 @@ class Bundle:
 
     def module(self, file: str):
         """An emitted source, loaded."""
-        return load(self.sources[file], f"difftrain_{file.removesuffix('.py')}")
+        return load(self.sources[file], file.removesuffix(".py"))
 
     def read(self, settings: Mapping[str, str] | None = None) -> Spec:
         """The spec, with further settings. Raises SpecError."""
@@ -69,12 +69,20 @@ def open_bundle(files: Mapping[str, str]) -> Bundle:
 
 def compile_spec(path: str | Path, settings: Mapping[str, str] | None = None) -> Bundle:
     """The bundle of a spec file. Raises SpecError, and OSError for a file that cannot be read."""
-    source = read_text(path)
+    return compile_source(read_text(path), settings)
+
+
+def compile_text(name: str, text: str) -> Bundle:
+    """The bundle of a spec's text. Raises SpecError."""
+    return compile_source(Source(f"{name}.diff", text))
+
+
+def compile_source(source: Source, settings: Mapping[str, str] | None = None) -> Bundle:
+    """The bundle of a source, with settings applied. Raises SpecError."""
     spec, found = check(source, settings)
     if any(f.severity == "error" for f in found):
         raise SpecError(found)
-    objective = spec.objective()
-    name = Path(path).stem
+    objective, name = spec.objective(), Path(source.path).stem
     step = emit_step(objective, recipe(spec), step_inputs(objective))
     estimates = run_passes(build(objective, ESTIMATES, fixed=("xt", "t")))
     levels = run_passes(build(objective, LEVELS, fixed=("t",)))

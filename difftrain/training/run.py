@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,45 +178,58 @@ def loop(session: Session) -> None:
     """Steps until done. Everything a step changes is a tensor of the state."""
     from torch.utils.tensorboard import SummaryWriter
 
-    program, first = session.programs.step, int(session.state["turn"])
-    batches = Batches(session.prepared, session.train["seed"], session.data["batch"], first)
-    step = _chosen(session, program.step, None)
-    timed = time.perf_counter()
+    first = int(session.state["turn"])
+    seed, batch_size = session.train["seed"], session.data["batch"]
+    batches = Batches(session.prepared, seed, batch_size, first, notes=False)
+    null_ids = session.parts.null_ids(session.device)
+    fixed = (session.parts.modules, session.parts.plan, session.programs.tables["step"])
+    step = Stepper(session)
     bar = tqdm(total=session.steps, initial=first, unit="step", file=sys.stderr, dynamic_ncols=True)
     with bar, SummaryWriter(str(session.folder / "log")) as board:
         for done, batch in zip(range(first + 1, session.steps + 1), batches, strict=False):
-            log = step(session.state, _feed(session, batch), session.parts.modules, session.parts.plan,
-                       session.programs.tables["step"])  # fmt: skip
-            if step is program.step and done - first == TRIAL and session.device.type == "cpu":
-                step = _chosen(session, step, (time.perf_counter() - timed) / TRIAL)
-            elif done - first == 2 * TRIAL:
-                lowering.no_more_compiling()
+            log = step(session.state, _feed(session, batch, null_ids), *fixed)
             bar.update()
             if done % session.train["log_every"] == 0 or done == session.steps:
                 _report(session, bar, board, done, log)
             _at_intervals(session, done)
 
 
-def _chosen(session: Session, step: Callable, seconds: float | None) -> Callable:
-    """The step as it will run, and a line that says so once it is decided."""
-    asked, device = session.train["compile"], session.device.type
-    if asked == "auto" and device == "cpu" and seconds is None and lowering.cxx():
-        return step  # decided after a few steps have been timed
-    choice = lowering.choose(asked, device, session.steps - int(session.state["turn"]), seconds)
-    if seconds is not None and asked != "auto":
-        return step
-    say(choice.because)
-    return lowering.compiled(step) if choice.compiled else step
+class Stepper:
+    """The step as this machine runs it best, chosen once: compiled or not, replayed on a GPU.
+
+    On a CPU `auto` first times a few steps as they are.
+    """
+
+    def __init__(self, session: Session):
+        self.session, self.step = session, session.programs.step.step
+        self.calls, self.started = 0, time.perf_counter()
+        self.undecided = session.train["compile"] == "auto" and session.device.type == "cpu"
+        if not self.undecided or lowering.cxx() is None:
+            self._decide(None)
+
+    def __call__(self, *args) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == TRIAL + 1 and self.undecided:
+            self._decide((time.perf_counter() - self.started) / TRIAL)
+        elif self.calls == 2 * TRIAL + 1:
+            lowering.no_more_compiling()
+        return self.step(*args)
+
+    def _decide(self, seconds: float | None) -> None:
+        session, self.undecided = self.session, False
+        left = session.steps - int(session.state["turn"])
+        choice = lowering.choose(session.train["compile"], session.device.type, left, seconds)
+        say(choice.because)
+        self.step = lowering.compiled(self.step) if choice.compiled else self.step
+        if session.device.type == "cuda":
+            self.step = lowering.Replayed(self.step)
 
 
-def _feed(session: Session, batch: dict) -> dict[str, Tensor]:
+def _feed(session: Session, batch: dict, null_ids: Tensor | None) -> dict[str, Tensor]:
     """What the step reads of a batch, on the device."""
-    device = session.device
-    fed = {"x0": batch["latents"].to(device), "index": batch["index"].to(device)}
-    if session.parts.text is not None:
-        fed["input_ids"] = batch["input_ids"].to(device)
-        fed["null_ids"] = session.parts.null_ids(device)
-    return fed
+    names = {"latents": "x0", "index": "index", "input_ids": "input_ids"}
+    fed = {ours: batch[name].to(session.device) for name, ours in names.items() if name in batch}
+    return fed if null_ids is None else {**fed, "null_ids": null_ids}
 
 
 def _report(session: Session, bar: tqdm, board, done: int, log: Mapping[str, Tensor]) -> None:
