@@ -191,13 +191,15 @@ def _root(term: Term, base: Product, exponent: float) -> Product:
 
 
 def back(value: Product, atoms: frozenset[Term] = frozenset()) -> Term:
-    """The term of a product, with factors moved into `min` where they cancel there."""
+    """The term of a product, with factors moved into `min`, `max` and `if`, where they cancel."""
     for base, exponent in value.powers:
-        if isinstance(base, Term) and base.op == "min" and exponent == 1:
+        if isinstance(base, Term) and base.op in ("min", "max", "where") and exponent == 1:
             outside = value * Product(1.0, ((base, -1.0),))
-            if outside.powers and outside.factor > 0 and _positive(outside, atoms):
-                sides = [back(product(a, atoms) * outside, atoms) for a in base.args]
-                return make("min", *sides)
+            if outside.powers and (base.op == "where" or _positive(outside, atoms)):
+                test, sides = base.args[:-2], base.args[-2:]
+                return make(
+                    base.op, *test, *(back(product(a, atoms) * outside, atoms) for a in sides)
+                )
     above = [(b, e) for b, e in value.powers if e > 0]
     below = [(b, -e) for b, e in value.powers if e < 0]
     top = _times(value.factor, above)
@@ -205,7 +207,7 @@ def back(value: Product, atoms: frozenset[Term] = frozenset()) -> Term:
 
 
 def _positive(outside: Product, atoms: frozenset[Term]) -> bool:
-    return all(b in atoms or e % 2 == 0 for b, e in outside.powers)
+    return outside.factor > 0 and all(b in atoms or e % 2 == 0 for b, e in outside.powers)
 
 
 def _times(factor: float, powers) -> Term:
