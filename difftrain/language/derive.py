@@ -122,9 +122,11 @@ class Derivation:
     # ---- names
 
     def fix(self, names) -> None:
-        """From here on these quantities are inputs that nothing redefines (replacements, rule 4)."""
+        """From here on these quantities are inputs that nothing redefines (replacements, rule 4).
+        With xt among them nothing is trained, and no condition is dropped."""
         inputs = {n: leaf("input", self._kind(n), name=n) for n in names}
-        self.home = HERE.swap({**inputs, "dropped": const(False), "dropout": const(False)})
+        calm = {"dropped": const(False), "dropout": const(False)} if "xt" in inputs else {}
+        self.home = HERE.swap({**inputs, **calm})
 
     def read(self, name: str, world: World | None = None, at: Expr | None = None) -> Term:
         """The term of a quantity in a world. Raises Problem."""

@@ -182,6 +182,12 @@ def is_shipped(span: Span) -> bool:
     return span.source in _SHIPPED
 
 
+def is_library(path: str) -> bool:
+    """Whether a file is one of the standard library's own."""
+    std = folder("specs") / "std"
+    return isinstance(std, Path) and Path(path).resolve().parent == std.resolve()
+
+
 @cache
 def _shipped(file_name: str) -> Names:
     """The names of one file of the standard library."""

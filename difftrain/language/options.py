@@ -9,9 +9,9 @@ from difftrain.language.derive import HERE, Derivation, Frame, Problem
 from difftrain.language.finding import Finding, Fix, Label
 from difftrain.language.names import Names, standard
 from difftrain.language.nearest import nearest
-from difftrain.language.scope import Equations, Scope, choices
+from difftrain.language.scope import Equations, Scope
 from difftrain.language.tree import Block, Define, Expr, Formal, Quantity, Span
-from difftrain.language.values import check_domain, read_value
+from difftrain.language.values import read_option
 
 FUNCTIONS_OF_STEP = ("ema",)  # options that are an expression in `step`
 MULTIPLIERS = ("k", "M", "G")
@@ -74,11 +74,7 @@ def _read(name: str, expr: Expr, scope: Scope, formal: Formal, found: list[Findi
     _check_unit(expr, formal, found)
     if name in FUNCTIONS_OF_STEP:
         return _function_of_step(expr, scope, found)
-    before = len(found)
-    value = read_value(expr, scope, Equations(), found, choices(formal))
-    if len(found) == before:
-        check_domain(formal, expr, value, found)
-    return value
+    return read_option(formal, expr, scope, Equations(), found)
 
 
 def _function_of_step(expr: Expr, scope: Scope, found: list[Finding]):

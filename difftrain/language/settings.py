@@ -53,9 +53,10 @@ def apply_settings(tree: Tree, settings: Mapping[str, object], found: list[Findi
     A value is a number, a truth value, a list, or text as it would stand in the file.
     """
     for path, value in settings.items():
-        place = _Places(tree, collect(tree, [])).find(path)
+        places = _Places(tree, collect(tree, []))
+        place = places.find(path)
         if place is None:
-            found.append(_unknown(path, value, tree))
+            found.append(_unknown(path, value, places))
         elif (expr := _parsed(path, value, place.old, found)) is not None:
             tree = place.put(expr)
     return tree
@@ -225,11 +226,13 @@ def _given(args: tuple[Argument, ...], name: str, definition: Definition | None)
     return None
 
 
-def _unknown(path: str, value: object, tree: Tree) -> Finding:
+def _unknown(path: str, value: object, places: _Places) -> Finding:
     source = Source(f"--set {path}", f"{path} = {_written(value)}")
-    known = _known(tree)
+    known = _known(places.tree)
+    names = [n.name for n in places.tree.body if isinstance(n, Block) and n.kind == "objective"]
+    longer = next((f"{n}.{path}" for n in names if places.find(f"{n}.{path}")), None)
     last = {k.rpartition(".")[2]: k for k in reversed(known)}
-    meant = last.get(path) or nearest(path, known) or last.get(nearest(path, last))
+    meant = longer or last.get(path) or nearest(path, known) or last.get(nearest(path, last))
     listed = ", ".join(f"`{k}`" for k in known[:6])
     hint = f"write `--set {meant}=…`" if meant else f"there are {listed} and more"
     at = Label(Span(source, 0, len(path)))

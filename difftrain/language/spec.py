@@ -9,7 +9,7 @@ from pathlib import Path
 
 from difftrain.language.derive import Derivation, Problem
 from difftrain.language.finding import Finding, Fix, Label, SpecError
-from difftrain.language.names import RUN_KINDS, Names, collect, standard
+from difftrain.language.names import RUN_KINDS, Names, collect, is_library, standard
 from difftrain.language.nearest import nearest
 from difftrain.language.options import Run, read_run
 from difftrain.language.part import Part
@@ -269,7 +269,7 @@ def read_source(source: Source, found: list[Finding], settings: Mapping | None =
         from difftrain.language.settings import apply_settings
 
         tree = apply_settings(tree, settings, found)
-    names = collect(tree, found)
+    names = collect(tree, found, shipped=is_library(source.path))
     spec = build(tree, names, found)
     spec.settings = {k: str(v) for k, v in (settings or {}).items()}
     return spec

@@ -74,9 +74,7 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
     options: dict[str, object] = {}
     domains = formals(definition)
     for name, (expr, where) in bind(use, found).items():
-        words = choices(domains[name][0])
-        options[name] = read_value(expr, where, equations, found, words, uses)
-        check_domain(domains[name][0], expr, options[name], found)
+        options[name] = read_option(domains[name][0], expr, where, equations, found, uses)
     module = definition.name
     for node in definition.node.body:
         if isinstance(node, Define) and node.name == "module":
@@ -85,6 +83,20 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
             local = Scope(use.label, definition.home, {n: n for n in options})
             options[node.name] = read_value(node.value, local, equations, found, (), uses)
     return Part(definition.kind, module, options)
+
+
+def read_option(formal: Formal, expr: Expr, scope: Scope, equations, found, uses=None):
+    """The value of an option or argument, checked against what it may be."""
+    words = choices(formal)
+    word = isinstance(expr, Name) and scope.home.find("param", expr.path) is None
+    if words and word and expr.dotted not in words:
+        check_domain(formal, expr, expr.dotted, found)
+        return None
+    before = len(found)
+    value = read_value(expr, scope, equations, found, words, uses)
+    if len(found) == before:
+        check_domain(formal, expr, value, found)
+    return value
 
 
 def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None):

@@ -73,7 +73,7 @@ def _everything(case: Case):
     for name, versions in case.objective.equations.versions.items():
         for i, equation in enumerate(versions):
             if not equation.scope.home.shipped:
-                yield name, i
+                yield name, None if equation is versions[-1] else i
 
 
 def _report(case: Case, problem: Problem, found: list[Finding]) -> None:

@@ -107,7 +107,7 @@ def _unread(equation: Equation) -> Finding:
 
 def definitions(spec: Spec, found: list[Finding]) -> None:
     """Every definition and import of a file with objectives is used by one of its blocks."""
-    if any(f.code < "DIF130" for f in found):
+    if spec.names.shipped or any(f.code < "DIF130" for f in found):
         return  # a name that means nothing yet may be what uses them
     own = spec.names.own.values()
     if spec.objectives:
