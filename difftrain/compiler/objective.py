@@ -3,42 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
 from difftrain.compiler.draws import Draws
+from difftrain.compiler.network import unwrap
 from difftrain.compiler.program import Program, compile_quantities
-from difftrain.language.algebra import reaches
+from difftrain.graph.build import BEFORE
+from difftrain.language.derive import INPUTS, Problem
+from difftrain.language.finding import Finding, Label, SpecError
+from difftrain.language.nearest import nearest
+from difftrain.language.numbers import value
+from difftrain.language.scheduler import with_scheduler
+from difftrain.language.scope import DERIVED
 from difftrain.language.spec import Objective as Declared
+from difftrain.language.term import Term, walk
 
-NEEDED = ("cond", "null")  # inputs that may be left out: no condition
+OPTIONAL = ("cond", "null")  # inputs that may be left out: no condition
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Objective(nn.Module):
     """What a spec declares, around `network(x, t, cond, **extra)`.
 
-    `parameters()` holds the network and every trained part; frozen modules (`modules`: "teacher",
-    ...) are kept outside. Calling it is `loss`.
+    `parameters()` holds the network and every trained part. `modules` holds frozen ones ("teacher",
+    ...): they move with `.to`, but are never trained, saved or switched to training. A "scheduler"
+    among them, or the path of its configuration, stands in for the process. Calling the objective
+    is `loss`.
     """
 
     def __init__(self, declared: Declared, network, modules: Mapping | None = None):
         super().__init__()
-        self.declared = declared
+        frozen = dict(modules or {})
+        scheduler = frozen.pop("scheduler", None)
+        self.declared = declared if scheduler is None else with_scheduler(declared, scheduler)
         if isinstance(network, nn.Module):
             self.network = network
-        frozen = dict(modules or {})
-        nets = {"student": network, **frozen}
-        object.__setattr__(self, "nets", nets)  # outside the registry: frozen parts are not trained
+        # outside the registry: frozen parts are not among the parameters
+        object.__setattr__(self, "nets", {"student": network, **frozen})
+        object.__setattr__(self, "frozen", [m for m in frozen.values() if _is_other(m, network)])
+        for module in self.frozen:
+            module.requires_grad_(False).eval()
         self._programs: dict[tuple, Program] = {}
+
+    def _apply(self, fn, recurse=True):
+        for module in self.frozen:
+            module._apply(fn)
+        return super()._apply(fn, recurse)
 
     # ---- quantities
 
-    def program(self, wanted: Iterable[str], given: Iterable[str]) -> Program:
-        """The compiled program of some quantities; made once."""
-        key = (tuple(wanted), frozenset(given))
+    def program(
+        self, wanted: Iterable[str], given: Iterable[str] = (), fixed: Iterable[str] = ()
+    ) -> Program:
+        """The compiled program of some quantities; made once. Raises SpecError for a name that the
+        objective does not have, ValueError for a module that is missing."""
+        key = (tuple(wanted), frozenset(given), frozenset(fixed))
         if key not in self._programs:
-            self._programs[key] = compile_quantities(self.declared, key[0], sorted(key[1]))
+            for name in (*key[0], *sorted(key[1])):
+                self._check_name(name)
+            made = compile_quantities(self.declared, key[0], sorted(key[1]), sorted(key[2]))
+            self._check_modules(made)
+            self._programs[key] = made
         return self._programs[key]
 
     def evaluate(
@@ -49,71 +77,90 @@ class Objective(nn.Module):
         `name@0` is the value before every redefinition. A given value stands at the newest equation
         of its name that does not read that name, so later redefinitions still apply. What is
         neither given nor derived is drawn from its stream, keyed by (seed, step, index [B]).
-        Numbers have the type of what is given: float64 in, float64 out.
-        Raises SpecError for a name that the objective does not have.
+        Numbers have the type of what is given: float64 in, float64 out; for data in half precision
+        all but the network is float32. Raises SpecError for a name that the objective lacks.
         """
-        wanted = tuple(wanted)
-        inputs = {n: None for n in NEEDED} | {"step": torch.as_tensor(step)} | dict(given)
-        program = self.program(wanted, [n for n in given if n not in NEEDED and n != "x0"])
+        return self._compute(tuple(wanted), given, (), step=step, seed=seed, index=index)
+
+    def _compute(self, wanted, given: Mapping, fixed, *, step=0, seed=0, index=None) -> dict:
+        given = {n: v for n, v in given.items() if v is not None}
+        free = [n for n in given if n not in OPTIONAL and n not in fixed and n != "x0"]
+        program = self.program(wanted, free, fixed)
         like = _like(given)
         rows = torch.arange(len(like), device=like.device) if index is None else index
         draws = Draws(seed, step, rows, _wide(like.dtype))
-        return program.compute(inputs, draws, self.nets, program.tables(like.device, draws.dtype))
+        step = torch.as_tensor(step, device=like.device)
+        data = {n: v if n in OPTIONAL else _widened(v) for n, v in given.items()}
+        inputs = {**dict.fromkeys(OPTIONAL), "step": step, **data}
+        nets = {name: _in_own_type(net, like.dtype) for name, net in self.nets.items()}
+        values = program.compute(inputs, draws, nets, program.tables(like.device, draws.dtype))
+        return {name: _as_tensor(value, like, draws.dtype) for name, value in values.items()}
 
-    def _one(self, name: str, given: Mapping, **key) -> Tensor:
-        present = {k: v for k, v in given.items() if v is not None}
-        return self.evaluate((name,), present, **key)[name]
+    def _check_name(self, name: str) -> None:
+        known = (*self.declared.equations.versions, *INPUTS, *DERIVED)
+        if name.removesuffix(BEFORE) in known:
+            return
+        close = nearest(name, known)
+        hint = f"write `{close}`" if close else "name a quantity that the objective has"
+        text = f"there is no `{name}` in objective `{self.declared.name}`"
+        raise SpecError([Finding("DIF120", text, Label(self.declared.block.head), help=hint)])
 
-    # ---- the unified interface
+    def _check_modules(self, program: Program) -> None:
+        graph = program.graph
+        for name in sorted({graph[n]["attrs"]["name"] for n in graph.find("module")}):
+            if name not in self.nets:
+                title = self.declared.name
+                raise ValueError(
+                    f"objective `{title}` reads `{name}`: give it in modules={{{name!r}: ...}}"
+                )
+
+    def _at(self, name: str, t: Tensor, given: Mapping, fixed=("t",), **key) -> Tensor:
+        """One quantity at a time t that nothing redefines any more."""
+        return self._compute((name,), {**given, "t": t}, fixed, **key)[name]
+
+    # ---- the unified interface: here t is the time itself, redefinitions of t lie behind it
 
     def sample_t(self, shape, *, step=0, seed=0, index=None) -> Tensor:
-        """Times [B] for a shape `(B,)` or the batch's."""
-        return self._one("t", {"x0": torch.zeros(tuple(shape))}, step=step, seed=seed, index=index)
+        """Times [B] for a shape `(B,)` or the batch's, after all redefinitions of t."""
+        x0 = torch.zeros(tuple(shape), device=self._device())
+        return self.evaluate(("t",), {"x0": x0}, step=step, seed=seed, index=index)["t"]
 
     def sample_n(self, shape, *, step=0, seed=0, index=None) -> Tensor:
-        """Noise of the batch's shape [B, ...]."""
-        x0 = torch.zeros(tuple(shape))
-        return self._one("eps@0", {"x0": x0}, step=step, seed=seed, index=index)
+        """Noise of the batch's shape [B, ...], before redefinitions."""
+        x0 = torch.zeros(tuple(shape), device=self._device())
+        return self.evaluate(("eps@0",), {"x0": x0}, step=step, seed=seed, index=index)["eps@0"]
 
     def c_in(self, t: Tensor) -> Tensor:
         """What scales the network's input, [B]."""
-        return self._per_sample("c_in", t)
+        return self._at("c_in", t, {})
 
     def c_out(self, t: Tensor) -> Tensor:
         """What scales the network's output, [B]."""
-        return self._per_sample("c_out", t)
+        return self._at("c_out", t, {})
 
     def c_skip(self, t: Tensor) -> Tensor:
         """How much of xt is added to the output, [B]."""
-        return self._per_sample("c_skip", t)
+        return self._at("c_skip", t, {})
 
     def c_noise(self, t: Tensor) -> Tensor:
         """The time value that the network receives, [B]."""
-        return self._per_sample("c_noise", t)
+        return self._at("c_noise", t, {})
 
-    def _per_sample(self, name: str, t: Tensor) -> Tensor:
-        value = self._one(name, {"t": t})
-        return (
-            value
-            if isinstance(value, Tensor)
-            else torch.full(t.shape, float(value), device=t.device)
-        )
+    def sample_x_t(self, x: Tensor, n: Tensor, t: Tensor, cond=None, *, null=None, **key) -> Tensor:
+        """The noisy input [B, ...] after all redefinitions of the noise n [B, ...]."""
+        return self._at("xt", t, {"x0": x, "eps": n, "cond": cond, "null": null}, **key)
 
-    def sample_x_t(self, x: Tensor, n: Tensor, t: Tensor, cond=None) -> Tensor:
-        """The noisy input [B, ...] after all redefinitions."""
-        return self._one("xt", {"x0": x, "eps": n, "t": t, "cond": cond})
-
-    def target(self, x: Tensor, n: Tensor, t: Tensor, cond=None) -> Tensor:
+    def target(self, x: Tensor, n: Tensor, t: Tensor, cond=None, *, null=None, **key) -> Tensor:
         """What the prediction is compared with, [B, ...]."""
-        return self._one("target", {"x0": x, "eps": n, "t": t, "cond": cond})
+        return self._at("target", t, {"x0": x, "eps": n, "cond": cond, "null": null}, **key)
 
     def pred(self, x_t: Tensor, t: Tensor, cond=None) -> Tensor:
         """The ODE tangent at (x_t, t): the language's `flow_hat`, [B, ...]."""
-        return self._one("flow_hat", {"xt": x_t, "t": t, "cond": cond})
+        return self._at("flow_hat", t, {"xt": x_t, "cond": cond}, ("t", "xt"))
 
     def score(self, x_t: Tensor, t: Tensor, cond=None) -> Tensor:
         """The score at (x_t, t), -eps_hat / sigma, [B, ...]."""
-        return self._one("score_hat", {"xt": x_t, "t": t, "cond": cond})
+        return self._at("score_hat", t, {"xt": x_t, "cond": cond}, ("t", "xt"))
 
     def loss(
         self, x: Tensor, cond=None, *, null=None, t=None, eps=None, step=0, seed=0, index=None,
@@ -121,22 +168,27 @@ class Objective(nn.Module):
     ):  # fmt: skip
         """The loss per sample, [B]. With `return_aux`, also every named quantity on the way."""
         given = {"x0": x, "cond": cond, "null": null, "t": t, "eps": eps}
-        given = {k: v for k, v in given.items() if v is not None}
-        wanted = ("loss", *self._logged()) if return_aux else ("loss",)
-        values = self.evaluate(wanted, given, step=step, seed=seed, index=index)
+        wanted = ("loss", *self._named()) if return_aux else ("loss",)
+        fixed = () if t is None else ("t",)
+        values = self._compute(wanted, given, fixed, step=step, seed=seed, index=index)
         return (values["loss"], values) if return_aux else values["loss"]
 
     forward = loss
 
-    def _logged(self) -> list[str]:
-        """The named quantities that the loss is computed from."""
+    def _named(self) -> list[str]:
+        """The named quantities that the loss is computed from, after all redefinitions."""
         derivation = self.declared.derivation()
-        loss = derivation.read("loss")
-        terms = {t: n for (n, *_), t in derivation.memo.items() if n not in ("~", "loss", "cond")}
-        named = {
-            n for t, n in terms.items() if t.kind in ("sample", "field") and reaches(loss, {t})
-        }
-        return [n for n in derivation.equations.versions if n in named]
+        below = set(walk(derivation.read("loss")))
+        met = {key[0] for key in derivation.memo} & derivation.equations.versions.keys()
+        terms: dict[str, Term] = {}
+        for name in met - {"loss"}:
+            with suppress(Problem):  # a name that has no meaning outside its world
+                terms[name] = derivation.read(name)
+        shaped = {n for n, t in terms.items() if t in below and t.kind in ("sample", "field")}
+        return [n for n in derivation.equations.versions if n in shaped]
+
+    def _device(self):
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     # ---- the scheduler contract of discrete processes
 
@@ -148,33 +200,61 @@ class Objective(nn.Module):
     @property
     def alphas_cumprod(self) -> Tensor:
         """alpha^2 at every index of a discrete process, float64 [N]."""
-        index = torch.arange(self._indices())
-        return self._one("alpha@0", {"t": index, "x0": index.double()}) ** 2
+        count = self._levels()
+        if count is None:
+            raise AttributeError("only a discrete process has a table of levels")
+        index = torch.arange(count, device=self._device())
+        return self._at("alpha", index, {"x0": index.double()}) ** 2
 
-    def _indices(self) -> int:
-        t = self.declared.quantity("t")
-        if t.op == "draw" and t["law"] == "integer":
-            return int(t.args[0].value)
-        raise AttributeError("only a discrete process has a table of levels")
+    def _levels(self) -> int | None:
+        """How many levels a discrete process has."""
+        tables = [t.args[0] for t in walk(self.declared.quantity("alpha")) if t.op == "pick"]
+        return len(value(tables[0], {})) if tables else None
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha * x0 + sigma * noise at integer timesteps [B]."""
-        return self._one("xt@0", {"x0": x0, "eps": noise, "t": timesteps})
+        """alpha * x0 + sigma * noise at timesteps [B]."""
+        return self._at("xt" + BEFORE, timesteps, {"x0": x0, "eps": noise})
 
     def get_velocity(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha * noise - sigma * x0 at integer timesteps [B]."""
-        levels = self.evaluate(("alpha@0", "sigma@0"), {"x0": x0, "t": timesteps})
-        alpha, sigma = (v.reshape(-1, *(1,) * (x0.dim() - 1)) for v in levels.values())
+        """alpha * noise - sigma * x0 at timesteps [B]."""
+        given = {"x0": x0, "t": timesteps}
+        levels = self._compute(("alpha", "sigma"), given, ("t",)).values()
+        alpha, sigma = (v.reshape(-1, *(1,) * (x0.dim() - 1)) for v in levels)
         return alpha * noise - sigma * x0
+
+
+def _is_other(module, network) -> bool:
+    return isinstance(module, nn.Module) and module is not network
+
+
+def _in_own_type(net, given: torch.dtype):
+    """The network as a function of x in float32, where it or what is given has half precision."""
+    first = next(net.parameters(), None) if isinstance(net, nn.Module) else None
+    own = given if first is None else first.dtype
+    if own not in HALF:
+        return net
+    return lambda x, *args, **extra: unwrap(net(x.to(own), *args, **extra)).float()
+
+
+def _widened(value):
+    """Data in half precision as float32: levels and residuals need the digits."""
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
 def _like(given: Mapping) -> Tensor:
     """A given tensor that says batch, type and place: real ones first."""
     tensors = [v for v in given.values() if isinstance(v, Tensor) and v.dim() > 0]
     if not tensors:
-        raise TypeError("at least one tensor with a batch must be given")
+        raise ValueError("give at least one tensor with a batch, such as `x0`")
     return next((v for v in tensors if v.is_floating_point()), tensors[0])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _as_tensor(value, like: Tensor, dtype: torch.dtype):
+    """A quantity that is one plain number, as [B]."""
+    if isinstance(value, (int, float)):
+        return torch.full((len(like),), value, dtype=dtype, device=like.device)
+    return value

@@ -48,10 +48,14 @@ def load(source: str, name: str = "step") -> ModuleType:
 
 
 def compile_quantities(
-    objective: Objective, wanted: Iterable[str], given: Iterable[str] = ()
+    objective: Objective,
+    wanted: Iterable[str],
+    given: Iterable[str] = (),
+    fixed: Iterable[str] = (),
 ) -> Program:
-    """The program of the wanted quantities, `given` ones being inputs. Raises SpecError."""
-    derived = build(objective, tuple(wanted), tuple(given))
+    """The program of the wanted quantities, `given` and `fixed` ones being inputs: see
+    `graph.build`. Raises SpecError."""
+    derived = build(objective, tuple(wanted), tuple(given), tuple(fixed))
     graph = run(derived)
     title = f"{objective.name or 'objective'}: {', '.join(wanted)}, as difftrain compiled it."
     source = emit(graph, title)

@@ -21,8 +21,8 @@ def build(
     fixed: Iterable[str] = (),
 ) -> Graph:
     """The graph of the wanted quantities. `given` ones are inputs that later redefinitions still
-    change; `fixed` ones are inputs that nothing changes, as a sampler needs xt and t, and then no
-    condition is dropped. Raises SpecError."""
+    change; `fixed` ones are inputs that nothing changes, as a sampler needs xt and t (and with xt
+    no condition is dropped). Raises SpecError."""
     derivation = objective.derivation(given)
     try:
         if fixed:
