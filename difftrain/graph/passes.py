@@ -175,11 +175,15 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run(graph: Graph, watch: Callable[[str, Graph, Graph], None] | None = None) -> Graph:
+def run(
+    graph: Graph,
+    watch: Callable[[str, Graph, Graph], None] | None = None,
+    passes: tuple[Pass, ...] = PASSES,
+) -> Graph:
     """The graph after all passes; `watch(name, before, after)` sees each one."""
     verify(graph, "build")
     wanted = [name for name in graph.outputs if "~" not in name]
-    for step in PASSES:
+    for step in passes:
         after = step(graph)
         verify(after, step.__name__, wanted)
         if watch is not None:
