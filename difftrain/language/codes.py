@@ -204,6 +204,9 @@ DIF212 a network without the second time
     An objective with two times needs a network that is given both.
 DIF213 a network given what is not there
     `times` and `inputs` list quantities of the objective.
+DIF214 a law that cannot be drawn from
+    A uniform law needs a lower end below the upper one, a normal law a standard deviation above
+    0, a probability lies between 0 and 1, and weights are not negative and not all 0.
 DIF301 an argument that changes nothing
     Whatever a spec says is read by training or sampling; what is not read is a mistake that
     says nothing.

@@ -16,7 +16,7 @@ from difftrain.language.algebra import NotLinear, linear
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Definition
 from difftrain.language.nearest import nearest
-from difftrain.language.operations import CONSTANTS, LAWS, OPERATIONS, KindError
+from difftrain.language.operations import CONSTANTS, LAWS, NAMES, OPERATIONS, KindError
 from difftrain.language.references import circle, circular
 from difftrain.language.scope import DERIVED, NETS, OPEN, Equation, Equations, Scope, own_name
 from difftrain.language.term import Term, const, leaf, make, rebuild, walk, word
@@ -374,7 +374,13 @@ class Derivation:
     def _law(self, expr: Call, frame: Frame) -> Term:
         wanted = LAWS[expr.dotted].partition(":")[0].count(",") + 1
         args = self._positional(expr, frame, wanted)
+        for arg, given in zip(args, expr.args, strict=True):
+            self.make("neg", given.value, arg)  # a law is made of numbers
         kind = args[0].kind if expr.dotted == "noise" else "sample"
+        if expr.dotted == "choice" and args[0].kind != "table":
+            text = f"`choice` needs a table of weights, and is given {NAMES[args[0].kind]}"
+            hint = "write a table, such as `choice(1 + count(8))`"
+            raise Problem(Finding("DIF121", text, Label(expr.span), help=hint))
         return self.stream(kind, expr.dotted, args, expr)
 
     def _check_circle(self, definition: Definition) -> None:

@@ -17,19 +17,24 @@ NORMAL = NormalDist()
 QUANTILES = tuple(i / 32 for i in range(33))
 COARSE = (0.03, 0.31, 0.64, 0.97)
 ENDS = (0, 0.31, 0.64, 1)
+MOST = 10_000  # indices of a law that are looked at one by one
 
 
 def quantile(draw: Term, args: list, u: float) -> float | bool:
     """The value of a base draw at quantile u in [0, 1]; u = 0 and 1 are the ends of its support."""
+    if any(not isinstance(a, list) and math.isnan(a) for a in args):
+        return math.nan
     match draw["law"]:
         case "uniform":
             low, high = args
             return low + (high - low) * u
         case "normal":
             mean, std = args
-            return mean + std * (NORMAL.inv_cdf(u) if 0 < u < 1 else math.copysign(math.inf, u - 0.5))
+            return mean + std * (
+                NORMAL.inv_cdf(u) if 0 < u < 1 else math.copysign(math.inf, u - 0.5)
+            )
         case "integer":
-            return min(int(args[0] * u + 1e-6), int(args[0]) - 1)
+            return min(math.floor(args[0] * u + 1e-6), math.floor(args[0]) - 1)
         case "bernoulli":
             return u >= 1 - args[0]
         case "choice":
@@ -130,7 +135,8 @@ def points(*terms: Term, step: float = 1000.0, coarse=COARSE) -> list[dict[Term,
 def _levels(leaf: Term, grid, known) -> tuple[float, ...]:
     if leaf["law"] == "integer" and len(grid) > 4:
         n = value(leaf.args[0], known)
-        return tuple(i / n for i in range(int(n)))
+        if 1 <= n <= MOST:
+            return tuple(i / n for i in range(int(n)))
     return grid
 
 

@@ -113,10 +113,18 @@ def elementwise(function):
 
 
 def _power(a, b):
+    if abs(b) > 64:
+        a = float(a)  # whole numbers would grow without end
     value = a**b
     if isinstance(value, complex):
         raise ValueError("a fractional power of a negative number")
     return value
+
+
+def _count(n):
+    if n > 1_000_000:
+        raise ValueError("a table of more than a million entries")
+    return [float(i) for i in range(int(n))]
 
 
 def _sigmoid(x):
@@ -176,7 +184,7 @@ OPERATIONS: dict[str, Operation] = {
     "cosine": Operation(2, _same, doc="the cosine similarity over channels"),
     "numel": Operation(1, _scalar, doc="how many numbers one sample has"),
     "pool": Operation(1, _same, doc="the mean over space, [B, C, 1, 1]"),
-    "count": Operation(1, _table, lambda n: [float(i) for i in range(int(n))], "0, 1, ..., n - 1"),
+    "count": Operation(1, _table, _count, "0, 1, ..., n - 1"),
     "cumprod": Operation(
         1, _table, lambda x: list(accumulate(x, operator.mul)), "the running product of a table"
     ),

@@ -4,16 +4,17 @@ A rule appends what it finds, stays silent where it cannot tell, and leaves to a
 that one has said: so the order of the lists counts.
 """
 
-from difftrain.language.rules import derived, inert, loss, path, run, shape, weights
+from difftrain.language.rules import derived, inert, loss, path, run, shape, singular, weights
 
 FILE_RULES = (shape.statements, shape.bases, shape.ranges, shape.parameters, run.averaging)
 RULES = (
     derived.domains,
     derived.given_times,
     derived.meaning,
+    path.laws,
     path.needs,
     path.identity,
-    path.singular,
+    singular.singular,
     path.time_law,
     loss.per_sample,
     loss.gradient,

@@ -142,7 +142,7 @@ def shown(value: float) -> str:
     """A number as a person writes it in a sentence."""
     if value in (float("inf"), float("-inf")):
         return "infinity" if value > 0 else "minus infinity"
-    return number(float(f"{value:.3g}"))
+    return number(value if value == int(value) else float(f"{value:.3g}"))
 
 
 def name_span(equation: Equation) -> Span:
