@@ -219,6 +219,19 @@ def test_other_weights_of_other_losses_are_left_as_they_are():
     assert " snr" in forms(body)[1]
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["fit' = mse(pred / (norm(pred) + 1), target)", "target' = stop(target / (rms(target) + 1))"],
+)
+def test_numbers_that_depend_on_the_fields_they_scale_are_left(line):
+    body = f"{LINEAR}\nprediction_type = flow\n{line}"
+    graph = build(declared(body), ("loss",))
+    before, after = (
+        interpret(g, batch(), draws(), {"student": Tiny()})["loss"] for g in (graph, cancel(graph))
+    )
+    torch.testing.assert_close(before, after, rtol=1e-12, atol=0)
+
+
 def test_given_quantities_do_not_stop_the_proof():
     body = f"{LINEAR}\nprediction_type = epsilon\nstrategy = min_snr"
     graph = cancel(build(declared(body), ("loss",), ("t", "eps", "x0")))

@@ -4,8 +4,19 @@ import pytest
 import torch
 from conftest import declare, near, on_index, student
 
+import difftrain
+from difftrain.language.check import check
+from difftrain.language.tree import Source
+
 DDPM = "process = ddpm(beta = {beta}, steps = 1000{more})\nprediction_type = {prediction}"
-NAMES = {"a": "alpha", "s": "sigma", "x_t": "xt", "target": "target", "pred": "pred", "loss_b": "loss"}
+NAMES = {
+    "a": "alpha",
+    "s": "sigma",
+    "x_t": "xt",
+    "target": "target",
+    "pred": "pred",
+    "loss_b": "loss",
+}
 
 
 def index(*values):
@@ -107,7 +118,9 @@ def test_flow_weighted_by_clean_data(golden, x0, eps):
 
 def test_conversions(golden, x0, eps):
     objective = declare("process = linear\nprediction_type = flow")
-    values = objective.evaluate(("x0_hat", "eps_hat", "score_hat"), {"x0": x0, "eps": eps, "t": FLOW})
+    values = objective.evaluate(
+        ("x0_hat", "eps_hat", "score_hat"), {"x0": x0, "eps": eps, "t": FLOW}
+    )
     entry = golden["flow.linear.conversions"]
     for ours, theirs in (("x0_hat", "x0"), ("eps_hat", "eps"), ("score_hat", "score")):
         near(values[ours], entry[theirs])
@@ -129,3 +142,71 @@ def test_robust_losses(golden, x0, eps, loss, key, factor):
     objective = declare(f"{body}\nfit' = {loss}", on_index(student))
     values = objective.evaluate(("loss",), {"x0": x0, "eps": eps, "t": index(200, 700)})
     near(values["loss"], golden["robust_losses.epsilon.scaled_linear"][key])
+
+
+# ---- the library's other processes, and derivatives along the path
+
+
+def test_variance_preserving(golden, x0, eps):
+    objective = declare("process = vp\nprediction_type = epsilon")
+    agree(objective, golden["vp_sde.epsilon"], {"x0": x0, "eps": eps, "t": FLOW})
+
+
+def test_preconditioning(golden, x0, eps):
+    body = "process = edm\nprediction_type = sample\nstrategy = edm_precondition(0.5)"
+    names = {"sigma": "sigma", "x_t": "xt", "denoised": "pred", "target": "target"}
+    names |= {n: n for n in ("c_skip", "c_out", "c_in", "c_noise")}
+    names |= {"velocity": "flow_hat", "score": "score_hat", "loss_b": "loss"}
+    sigma = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    agree(declare(body), golden["edm"], {"x0": x0, "eps": eps, "t": sigma}, names)
+
+
+ANGLE = torch.tensor([0.4, 1.2], dtype=torch.float64)
+TRIG = "process = trig(data = 0.5)\nprediction_type = flow\nstrategy = [{}]"
+ANGLES = {"x_t": "xt", "target": "target", "pred": "pred", "x0_hat": "x0_hat", "loss_b": "loss"}
+
+
+def test_angles(golden, x0, eps):
+    entry = golden["trigflow"]
+    agree(declare(TRIG.format("trig_flow")), entry, {"x0": x0, "eps": eps, "t": ANGLE}, ANGLES)
+
+
+TANGENT = """
+strategy tangent(c = 0.1) from trig_flow {
+  g     = -alpha^2 * (pred - flow) - alpha * sin(t) * (xt + ddt(pred))
+  unit  = g / (LENGTH(g) + c)
+  fit'  = mse(output, stop(output + unit))
+}
+"""
+
+
+@pytest.mark.parametrize(("length", "key"), [("norm", "l2"), ("rms", "rms")])
+def test_the_tangent_of_a_consistency_function(golden, x0, eps, length, key):
+    """arXiv:2410.11081 eq. 6 with r = 1, the learned weight at 0."""
+    entry = golden["sct.r1.0"]
+    body = TRIG.format("tangent") + "\nbackbone = custom"
+    text = f"diff 1\n{TANGENT.replace('LENGTH', length)}\nobjective o {{\n{body}\n}}\n"
+    spec, found = check(Source("test.diff", text))
+    assert not [f for f in found if f.severity == "error"]
+    names = {"x_t": "xt", "dxdt": "flow", "F": "output", "g": "tangent.g"}
+    names |= {f"g_norm_{key}": "tangent.unit", f"loss_b_{key}": "loss"}
+    entry = entry | {"loss": entry[f"loss_{key}"]}
+    agree(difftrain.objective(spec, student), entry, {"x0": x0, "eps": eps, "t": ANGLE}, names)
+
+
+def test_average_velocity(golden, x0, eps):
+    """arXiv:2505.13447 algorithm 1: the loss, and its gradient at the prediction."""
+    entry = golden["meanflow.plain"]
+    body = "process = linear\nprediction_type = flow\nstrategy = mean_flow(c = 0.001)"
+    text = f"diff 1\nobjective o {{\n{body}\nbackbone = custom(times = [t, r])\n}}\n"
+    spec, _ = check(Source("test.diff", text))
+    given = {"x0": x0, "eps": eps, "t": FLOW}
+    given["r"] = torch.tensor([0.1, 0.7], dtype=torch.float64)
+    names = {"x_t": "xt", "v": "flow", "u": "pred", "target": "target", "loss_b": "loss"}
+    shift = torch.zeros_like(x0, requires_grad=True)
+    objective = difftrain.objective(
+        spec, lambda x, t, cond=None, r=None: student(x, t, r=r) + shift
+    )
+    agree(objective, entry, given, names)
+    (slope,) = torch.autograd.grad(objective.evaluate(("loss",), given)["loss"].sum(), shift)
+    near(slope[0], entry["grad_u_sample0"])

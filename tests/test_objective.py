@@ -201,6 +201,21 @@ def test_dropped_rows_get_the_null_condition(x0, eps, rows):
     close(values["output"], values["xt"] + wide(means))
 
 
+def test_the_null_condition_of_one_row_stands_for_all(x0, eps):
+    body = f"{FLOW}\nloss = mse(output(cond = null), xt)"
+    for null in (torch.ones(1, 2, 3, **F64), torch.ones(2, 2, 3, **F64)):
+        given = {"x0": x0, "eps": eps, "t": T, "cond": CONDITION, "null": null}
+        close(declare(body, counting).evaluate(("loss",), given)["loss"], torch.ones(2, **F64))
+        both = {"a": null, "b": [null]}
+        listed = declare(body, lambda x, t, c: counting(x, t, c["b"][0]))
+        close(listed.evaluate(("loss",), given | {"null": both})["loss"], torch.ones(2, **F64))
+
+
+def counting(x, t, cond):
+    assert len(cond) == len(x)
+    return pooled(x, t, cond)
+
+
 def test_a_condition_may_be_a_mapping(x0, eps):
     def net(x, t, cond=None):
         return x + wide(cond["text"].mean((1, 2))) + wide(cond["size"])

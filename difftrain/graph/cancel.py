@@ -15,7 +15,7 @@ from functools import cached_property, reduce
 from operator import add
 
 from difftrain.graph.graph import Graph, from_terms, to_terms
-from difftrain.language.algebra import linear, linear_leaves, reaches, simplify
+from difftrain.language.algebra import NotLinear, linear, linear_leaves, reaches, simplify
 from difftrain.language.numbers import constant, draws, points, values
 from difftrain.language.term import Term, const, is_const, leaf, make, rebuild, walk, with_args
 
@@ -75,7 +75,7 @@ class Facts:
             error = make("sub", pred, target)
             leaves = linear_leaves(residual) | linear_leaves(error)
             outputs = [t for t in leaves if t.op == "network" and reaches(pred, {t})]
-            left, right = linear(residual, leaves), linear(error, leaves)
+            left, right = _parts(residual, leaves), _parts(error, leaves)
             found = next((o for o in outputs if o in left and o in right), None)
             if found is None or not self._proportional(left, right, found):
                 continue
@@ -97,6 +97,14 @@ def _same_ratio(row: list[float]) -> bool:
     top, bottom, *others = row
     pairs = zip(others[::2], others[1::2], strict=True)
     return all(math.isclose(a * bottom, b * top, rel_tol=1e-9, abs_tol=1e-12) for a, b in pairs)
+
+
+def _parts(term: Term, leaves: frozenset[Term]) -> dict[Term, Term]:
+    """The coefficient of each leaf; nothing where one depends on a leaf, as in x / |x|."""
+    try:
+        return linear(term, leaves)
+    except NotLinear:
+        return {}
 
 
 def free_of_steps(terms: list[Term]) -> list[Term]:
@@ -153,8 +161,8 @@ def _divided(term: Term, facts: Facts, done: dict[Term, Term]) -> Term | None:
         return None
     named = frozenset(t for t in facts.names if t.kind == "field" and t is not term)
     leaves = linear_leaves(term.args[0], named)
-    parts = linear(term, leaves).items()
-    return reduce(add, (facts.simple(factor) * done[field] for field, factor in parts), const(0))
+    parts = [facts.simple(factor) * done[field] for field, factor in _parts(term, leaves).items()]
+    return reduce(add, parts) if parts else None
 
 
 def _residual(term: Term, facts: Facts, done: dict, weighted: set[Term]) -> Term | None:

@@ -108,12 +108,18 @@ def dedupe(graph: Graph) -> Graph:
 
 def share_forwards(graph: Graph) -> Graph:
     """Needs: dedupe. Ensures: a forward whose inputs differ from another's only by `stop` is that
-    one: stopping an input that needs no gradient changes nothing."""
+    one: stopping an input that needs no gradient changes nothing. Nor does choosing between two
+    that are one."""
     graph = graph.copy()
     for node in graph.find("stop"):
         (inner,) = graph[node]["args"]
         if not any(_trained(graph[n]) for n in graph.below(inner)):
             graph.replace(node, inner)
+            graph.remove([node])
+    for node in graph.find("where"):
+        _, then, other = graph[node]["args"]
+        if then == other and graph[then]["kind"] == graph[node]["kind"]:
+            graph.replace(node, then)
             graph.remove([node])
     return dedupe(graph)
 
