@@ -11,6 +11,7 @@ from difftrain.language.check import check
 from difftrain.language.tree import Source
 
 SHAPE = (2, 1, 2, 2)
+torch.set_num_threads(1)  # the networks here are too small to share
 
 
 @pytest.fixture(scope="session")

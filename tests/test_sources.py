@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from difftrain.compiler.executable import runtime
 from difftrain.training.sources import DataError, open_source, picture
 
 ROOT = Path(__file__).parent.parent
@@ -87,10 +88,9 @@ def test_the_licence_stays_beside_the_data():
 
 def test_the_embedded_set_opens_when_the_package_is_inside_a_zip(tmp_path):
     program = tmp_path / "program.pyz"
-    parts = ["__init__.py", "training/__init__.py", "training/sources.py", "data/emoji64.zip"]
     with zipfile.ZipFile(program, "w") as packed:
-        for part in parts:
-            packed.write(ROOT / "difftrain" / part, f"difftrain/{part}")
+        for name, data in runtime():
+            packed.writestr(name, data)
         packed.writestr(
             "__main__.py",
             "from difftrain.training import sources\n"
