@@ -17,6 +17,7 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
+from difftrain.language.adopt import Described
 from difftrain.models.codec import autoencoder_kl
 from difftrain.models.errors import PartError
 from difftrain.models.pretrained import facts
@@ -59,14 +60,11 @@ def pipeline(tmp_path):
 
 def test_a_folder_is_read_in_the_languages_words(pipeline):
     assert facts(pipeline) == {
-        "process": {
-            "name": "ddpm",
-            "beta": "scaled_linear",
-            "lo": 0.00085,
-            "hi": 0.012,
-            "steps": 1000,
-            "terminal_snr": "zero",
-        },
+        "process": Described(
+            "betas",
+            {"beta": "scaled_linear(0.00085, 0.012)", "steps": "1000", "terminal_snr": "zero"},
+        ),
+        "steps": 1000,
         "prediction_type": "v_prediction",
         "grid": "leading",
         "network": {"channels": 4, "cross_attention_dim": 6, "sample_size": 8},
@@ -83,18 +81,20 @@ def test_a_folder_is_read_in_the_languages_words(pipeline):
         ),
         (
             DDPMScheduler(num_train_timesteps=500, prediction_type="sample"),
-            {"beta": "linear", "lo": 0.0001, "hi": 0.02, "steps": 500, "type": "sample"},
+            {"beta": "linear(0.0001, 0.02)", "steps": "500", "type": "sample"},
         ),
         (
             FlowMatchEulerDiscreteScheduler(shift=3.0),
-            {"name": "linear", "shift": 3.0, "steps": 1000, "type": "flow"},
+            {"kind": "shifted", "k": "3.0", "type": "flow"},
         ),
+        (FlowMatchEulerDiscreteScheduler(), {"kind": "straight", "type": "flow"}),
     ],
 )
 def test_schedulers_keep_their_meaning(tmp_path, scheduler, expected):
     scheduler.save_pretrained(tmp_path / "scheduler")
     found = facts(tmp_path, ["scheduler"])
-    flat = {**found["process"], "type": found["prediction_type"], "grid": found["grid"]}
+    process = {"kind": found["process"].kind, **found["process"].arguments}
+    flat = {**process, "type": found["prediction_type"], "grid": found["grid"]}
     assert expected.items() <= flat.items()
 
 
@@ -120,7 +120,7 @@ def test_absent_keys_have_the_values_of_diffusers(tmp_path, file, name, whole):
 @pytest.mark.parametrize(
     "config, said",
     [
-        ({"beta_schedule": "sigmoid"}, "beta schedule `sigmoid` has no name here: it must be one"),
+        ({"beta_schedule": "sigmoid"}, "the scheduler's betas `sigmoid` are not known here"),
         ({"prediction_type": "noise"}, "prediction type `noise` has no name here"),
         ({"trained_betas": [0.1, 0.2]}, "lists its betas one by one"),
     ],

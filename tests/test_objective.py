@@ -376,7 +376,7 @@ def test_the_rest_of_the_spec_stays():
         ({"trained_betas": [0.1]}, "the scheduler lists its betas one by one"),
         ({"beta_schedule": "sigmoid"}, "the scheduler's betas `sigmoid` are not known here"),
         (object(), "the scheduler has no `config`"),
-        ("nowhere.json", "`nowhere.json` cannot be read: No such file"),
+        ("nowhere.json", "`nowhere.json` cannot be read .no such file"),
     ],
 )
 def test_schedulers_without_a_meaning_are_told(scheduler, said):

@@ -53,7 +53,9 @@ def test_examples(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     last = None
     for part in texts(file):
-        Path(part.options if part.kind == "file" else "spec.diff").write_text(part.text)
+        file_name = Path(part.options if part.kind == "file" else "spec.diff")
+        file_name.parent.mkdir(parents=True, exist_ok=True)
+        file_name.write_text(part.text)
         if part.kind == "bad":
             last = part
             found = findings(part.text, part.options)

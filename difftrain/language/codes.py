@@ -227,6 +227,9 @@ DIF311 an average that does not average
     The decay of the averaged weights is between 0 and 1: outside, the average runs away.
 DIF320 a missing block of options
     Training reads `data` and `train`, sampling reads `sample`.
+DIF401 a scheduler that cannot be adopted
+    A process that is read from a scheduler_config.json needs a schedule that the language can
+    write. The path is looked for beside the spec, then as it is given.
 """
 
 

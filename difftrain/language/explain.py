@@ -127,7 +127,16 @@ def _time(subject: Subject) -> list[str]:
     about = "about " if line.kind == "sampled" else ""
     span = f"logsnr from {about}{_number(high)} (data) to {about}{_number(low)} (noise)"
     ends = f"indices {rows[0].t:g} to {rows[-1].t:g}" if line.kind == "steps" else ""
-    return [f"t ~ {law(t)}", ", ".join(x for x in (ends, span) if x), HOW[line.kind], *_assumed(t)]
+    told = [f"t ~ {law(t)}", ", ".join(x for x in (ends, span) if x), HOW[line.kind]]
+    return [*_adopted(subject), *told, *_assumed(t)]
+
+
+def _adopted(subject: Subject) -> list[str]:
+    """The process, where the spec itself only says where it is read from."""
+    (use,) = subject.objective.slots["process"]
+    written = use.call.span
+    inside = written.source is subject.objective.block.span.source
+    return [] if inside else [f"process = {written.text}, from {written.source.path}"]
 
 
 def _assumed(term: Term) -> list[str]:

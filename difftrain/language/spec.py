@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from difftrain.language.adopt import adopted
 from difftrain.language.derive import Derivation, Problem
 from difftrain.language.finding import Finding, Fix, Label, SpecError
 from difftrain.language.names import RUN_KINDS, Names, collect, is_library, standard
@@ -222,7 +223,7 @@ def _uses(slot: Define, kind: str, scope: Scope, found: list[Finding]) -> tuple[
         items = items[:1]
     uses: dict[str, Use] = {}
     for item in items:
-        use = use_of(item, kind, scope, found)
+        use = adopted(use_of(item, kind, scope, found), found)
         if use is None:
             continue
         if use.label in uses:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from difftrain.models.errors import PartError
 from difftrain.models.loading import load
 from difftrain.models.output import unwrap
+from difftrain.models.pretrained import SHIPPED
 
-SHIPPED = ("emoji64",)
 FILE = "diffusion_pytorch_model.safetensors"
 
 

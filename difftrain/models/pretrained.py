@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from importlib.resources import files as resources
 from pathlib import Path
 
+from difftrain.language.adopt import NotAdopted, described
 from difftrain.models.errors import PartError
 
 HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+SHIPPED = ("emoji64",)  # codecs that come with the package
 FILES = {
     "scheduler": "scheduler/scheduler_config.json",
     "unet": "unet/config.json",
     "vae": "vae/config.json",
+    "text": "text_encoder/config.json",
 }
-BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 PREDICTIONS = {
     "epsilon": "epsilon",
     "sample": "sample",
@@ -24,64 +28,79 @@ PREDICTIONS = {
 }
 
 
-def facts(weights: str | Path, files: Iterable[str] = tuple(FILES)) -> dict:
+class Absent(PartError):
+    """A file that a pretrained folder or the hub does not have."""
+
+
+def facts(weights: str | Path, files: Iterable[str] = ("scheduler", "unet", "vae")) -> dict:
     """Process, prediction type, latents and network of a pretrained folder (or hub name).
 
     `files` names what is read, and so which of the keys come back:
 
-    - scheduler: `process` (`ddpm` with beta, lo, hi, steps, terminal_snr; or `linear` with steps,
-      shift), `prediction_type`, and `grid`, the spacing of the sampler's steps
+    - scheduler: `process` (described), `steps`, `prediction_type`, and `grid`, the spacing of the
+      sampler's steps
     - vae: `latent` (scale, shift, channels)
     - unet: `network` (channels, cross_attention_dim, sample_size)
+    - text: `text` (width)
 
     An absent key has the value that diffusers gives it.
     """
-    readers = {"scheduler": _scheduler, "unet": _network, "vae": _latent}
+    readers = {"scheduler": _scheduler, "unet": _network, "vae": _latent, "text": _text}
     found: dict = {}
     for file in files:
-        found |= readers[file](read_json(weights, FILES[file]))
+        found |= readers[file](config(weights, file))
     return found
+
+
+def config(weights: str | Path, file: str) -> dict:
+    """One of the configurations in FILES; where a module was saved alone, the folder's own.
+
+    Raises Absent, or PartError for what cannot be read.
+    """
+    if file == "vae" and weights in SHIPPED:
+        at = resources("difftrain.models").joinpath(str(weights), "config.json")
+        return json.loads(at.read_text(encoding="utf-8"))
+    try:
+        return read_json(weights, FILES[file])
+    except Absent:
+        found = _alone(weights, file)
+        if found is None:
+            raise
+        return found
+
+
+def _alone(weights: str | Path, file: str) -> dict | None:
+    """The configuration in the folder itself, if it is of the module that is asked for."""
+    name = FILES[file].rpartition("/")[2]
+    if is_hub_name(weights) or not (folder(weights) / name).is_file():
+        return None
+    found = read_json(weights, name)
+    expected = CLASSES.get(file)
+    return found if found.get("_class_name", expected) == expected or not expected else None
 
 
 def _scheduler(config: dict) -> dict:
     flow = "FlowMatch" in config.get("_class_name", "")
-    steps = config.get("num_train_timesteps", 1000)
+    try:
+        process = described(config)
+    except NotAdopted as problem:
+        raise PartError(str(problem)) from problem
     return {
-        "process": _linear(config, steps) if flow else _ddpm(config, steps),
+        "process": process,
+        "steps": config.get("num_train_timesteps", 1000),
         "prediction_type": "flow" if flow else _prediction(config),
         "grid": config.get("timestep_spacing", "leading"),
     }
 
 
-def _linear(config: dict, steps: int) -> dict:
-    return {"name": "linear", "steps": steps, "shift": config.get("shift", 1.0)}
-
-
-def _ddpm(config: dict, steps: int) -> dict:
-    if config.get("trained_betas") is not None:
-        raise PartError("the scheduler lists its betas one by one: only named schedules are read")
-    beta = config.get("beta_schedule", "linear")
-    return {
-        "name": "ddpm",
-        "beta": _word("beta schedule", beta, BETAS),
-        "lo": config.get("beta_start", 0.0001),
-        "hi": config.get("beta_end", 0.02),
-        "steps": steps,
-        "terminal_snr": "zero" if config.get("rescale_betas_zero_snr") else "free",
-    }
-
-
 def _prediction(config: dict) -> str:
-    return _word("prediction type", config.get("prediction_type", "epsilon"), PREDICTIONS)
-
-
-def _word(what: str, value: str, known: dict[str, str]) -> str:
-    if value not in known:
+    value = config.get("prediction_type", "epsilon")
+    if value not in PREDICTIONS:
         raise PartError(
-            f"the scheduler's {what} `{value}` has no name here: it must be one of "
-            f"{', '.join(known)}"
+            f"the scheduler's prediction type `{value}` has no name here: it must be one of "
+            f"{', '.join(PREDICTIONS)}"
         )
-    return known[value]
+    return PREDICTIONS[value]
 
 
 def _network(config: dict) -> dict:
@@ -104,6 +123,10 @@ def _latent(config: dict) -> dict:
     }
 
 
+def _text(config: dict) -> dict:
+    return {"text": {"width": config.get("hidden_size", 512)}}
+
+
 def is_hub_name(weights: str | Path) -> bool:
     """Whether this names something on the hub: `owner/name`, and no folder here has that name."""
     return bool(HUB.fullmatch(str(weights))) and not Path(weights).expanduser().exists()
@@ -113,7 +136,7 @@ def folder(weights: str | Path) -> Path:
     """The pretrained folder of this path, which must exist."""
     path = Path(weights).expanduser()
     if not path.exists():
-        raise PartError(f"there is no folder `{weights}`: check the path, or give a hub name")
+        raise Absent(f"there is no folder `{weights}`: check the path, or give a hub name")
     if not path.is_dir():
         raise PartError(f"`{weights}` is a file: give the folder that save_pretrained wrote")
     return path
@@ -125,7 +148,7 @@ def read_json(weights: str | Path, name: str) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PartError(
+        raise Absent(
             f"`{weights}` has no {name}: give the folder that save_pretrained wrote"
         ) from None
     except ValueError as cause:
@@ -141,7 +164,7 @@ def _fetched(name: str, file: str) -> Path:
     try:
         return Path(hf_hub_download(name, file))
     except (OSError, ValueError) as cause:
-        raise PartError(hub_failed(name, file)) from cause
+        raise Absent(hub_failed(name, file)) from cause
 
 
 def hub_failed(name: str, what: str) -> str:
