@@ -415,9 +415,10 @@ class Derivation:
         name = ".".join(path)
         if name in OPEN:
             return self._nothing(name, expr)
-        local = [*frame.env, *frame.scope.locals, *frame.scope.words]
+        home, scope = frame.scope.home, frame.scope
+        local = [*home.known("param"), *frame.env, *scope.locals, *scope.words]
         known = [*local, *self.equations.versions, *INPUTS, *NETS, *OPERATIONS, *LAWS, *SPECIAL]
-        close = nearest(name, [*known, *frame.scope.home.known("function")])
+        close = nearest(name, [*known, *home.known("function")])
         span = expr.head if isinstance(expr, Call) else expr.span
         hint = f"write `{close}`" if close else "define it here, or add it as a parameter"
         return Finding("DIF120", f"there is no `{name}`", Label(span), help=hint)
