@@ -8,10 +8,10 @@ from torch import nn
 from transformers import CLIPTextModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from difftrain.answer import unwrap
 from difftrain.language.part import Part
 from difftrain.models import BUILDERS, build
 from difftrain.models.errors import PartError
-from difftrain.models.output import unwrap
 from difftrain.models.text import TextEncoder, clip
 from difftrain.models.tokenizer import END, START, clip_tokenizer
 from difftrain.models.unet import Network, sd_unet
@@ -249,9 +249,9 @@ def test_further_times_are_passed_by_name():
 
 
 def test_other_answers_are_told():
-    with pytest.raises(PartError, match="a module answered with str: return a tensor"):
+    with pytest.raises(TypeError, match="a module answered with str: return a tensor"):
         unwrap("no tensor")
-    with pytest.raises(PartError, match="a module answered with tuple"):
+    with pytest.raises(TypeError, match="a module answered with tuple"):
         unwrap(())
 
 

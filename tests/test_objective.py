@@ -453,7 +453,7 @@ def test_networks_may_answer_in_other_ways(x0, eps, answer):
 
 
 def test_an_answer_without_a_tensor_is_told(x0):
-    with pytest.raises(TypeError, match="the network must return a tensor"):
+    with pytest.raises(TypeError, match="a module answered with str: return a tensor"):
         declare(FLOW, lambda x, t, cond=None: "nothing")(x0)
 
 

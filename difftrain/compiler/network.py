@@ -1,4 +1,4 @@
-"""Calling a network, and what it may answer with."""
+"""Calling a network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-ANSWERS = ("sample", "last_hidden_state", "latents")  # fields that hold the tensor
+from difftrain.answer import unwrap
 
 
 def call_network(net, x: Tensor, tau: Tensor, cond, **extra) -> Tensor:
@@ -24,18 +24,3 @@ def for_each(cond, count: int):
     if isinstance(cond, Tensor) and len(cond) == 1:
         return cond.expand(count, *cond.shape[1:])
     return cond
-
-
-def unwrap(answer) -> Tensor:
-    """The tensor in an answer: the tensor itself, the first of a tuple, or a named field."""
-    if isinstance(answer, Tensor):
-        return answer
-    if isinstance(answer, (tuple, list)):
-        return unwrap(answer[0])
-    for name in ANSWERS:
-        if isinstance(getattr(answer, name, None), Tensor):
-            return getattr(answer, name)
-    names = ", ".join(f"`.{n}`" for n in ANSWERS)
-    raise TypeError(
-        f"the network must return a tensor, a tuple of tensors, or an object with {names}"
-    )

@@ -8,8 +8,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from difftrain.answer import unwrap
 from difftrain.compiler.draws import Draws
-from difftrain.compiler.network import unwrap
 from difftrain.compiler.program import Program, compile_quantities
 from difftrain.graph.build import BEFORE
 from difftrain.language.derive import INPUTS, Problem

@@ -10,9 +10,9 @@ from importlib.resources import files
 import torch
 from torch import Tensor, nn
 
+from difftrain.answer import unwrap
 from difftrain.models.errors import PartError
 from difftrain.models.loading import load
-from difftrain.models.output import unwrap
 from difftrain.models.pretrained import SHIPPED
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from difftrain.answer import unwrap
 from difftrain.models.errors import PartError
 from difftrain.models.loading import load
-from difftrain.models.output import unwrap
 from difftrain.models.tokenizer import END, Tokens, clip_tokenizer
 
 ALL_TOKENS = 49_408

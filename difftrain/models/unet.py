@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from difftrain.answer import unwrap
 from difftrain.models.codec import Codec
 from difftrain.models.errors import PartError
 from difftrain.models.loading import load
-from difftrain.models.output import unwrap
 from difftrain.models.text import TextEncoder
 
 # arXiv:2112.10752 as Stable Diffusion 1 has it: four levels, text in all but the coarsest
