@@ -3,10 +3,10 @@
 import pytest
 
 from difftrain.language.check import check
-from difftrain.language.derive import HERE
 from difftrain.language.numbers import draws
 from difftrain.language.term import leaf, walk
 from difftrain.language.tree import Source
+from difftrain.language.worlds import HERE
 
 LINEAR = "process = linear\nprediction_type = flow\n"
 DDPM = "process = ddpm\nprediction_type = epsilon\n"

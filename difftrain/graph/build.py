@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from difftrain.graph.graph import Graph, from_terms
-from difftrain.language.derive import ALL, Derivation, Problem, World
+from difftrain.language.derive import Derivation
 from difftrain.language.finding import SpecError
 from difftrain.language.spec import Objective
 from difftrain.language.term import Term
+from difftrain.language.worlds import ALL, Problem, World
 
 BEFORE = "@0"  # `xt@0`: the value before every redefinition
 

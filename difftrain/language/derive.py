@@ -9,13 +9,13 @@ See docs/language.md, "Worlds".
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from difftrain.language import mistakes
 from difftrain.language.algebra import NotLinear, linear
 from difftrain.language.finding import Finding, Label
+from difftrain.language.forms import SPECIAL
 from difftrain.language.names import Definition
-from difftrain.language.nearest import nearest
 from difftrain.language.operations import CONSTANTS, LAWS, NAMES, OPERATIONS, KindError
 from difftrain.language.references import circle, circular
 from difftrain.language.scope import DERIVED, NETS, OPEN, Equation, Equations, Scope, own_name
@@ -33,73 +33,13 @@ from difftrain.language.tree import (
     Quantity,
     Text,
 )
+from difftrain.language.worlds import ALL, HERE, Frame, Function, Problem, Thunk, World
 
 OPS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "^": "pow"}
 OPS |= {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne"}
 INPUTS = {"x0": "field", "cond": "condition", "null": "condition", "step": "scalar"}
 INPUTS |= {"image": "field"}
-STILL = ("r", "cond", "guess", "x0", "eps")  # what `ddt` holds fixed, beside every draw
-ALL = "*"
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 20_000))  # equations may form a long chain
-
-
-class Problem(Exception):
-    """A finding on its way to the end of the stage; `trail` holds the equations that were being
-    read, the innermost first."""
-
-    def __init__(self, finding: Finding):
-        self.finding = finding
-        self.trail: list[Equation] = []
-        super().__init__(finding.message)
-
-
-@dataclass(frozen=True)
-class World:
-    """`caps`: versions that names stand at; `swaps`: names that are replaced; `plain`: names whose
-    given values are not used (`*` for all)."""
-
-    caps: frozenset = frozenset()
-    swaps: frozenset = frozenset()
-    plain: frozenset = frozenset()
-
-    def cap(self, **versions: int) -> World:
-        return replace(self, caps=frozenset({**dict(self.caps), **versions}.items()))
-
-    def swap(self, values: dict[str, object]) -> World:
-        caps = frozenset((n, v) for n, v in self.caps if n not in values)
-        return replace(self, caps=caps, swaps=frozenset({**dict(self.swaps), **values}.items()))
-
-
-HERE = World()
-
-
-@dataclass(frozen=True, eq=False)
-class Thunk:
-    """An argument that has not been read: its expression and where to read it. In one world it is
-    one value, however often the function reads it."""
-
-    value: Expr
-    scope: Scope
-    env: tuple
-    memo: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class Function:
-    """A function of the library, with the arguments it has already."""
-
-    definition: Definition
-    bound: dict[str, Thunk]
-    open: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """Where an expression is read: scope, arguments of the functions around it, world."""
-
-    scope: Scope
-    env: dict[str, object]
-    world: World
 
 
 @dataclass(eq=False)
@@ -202,7 +142,7 @@ class Derivation:
     def stream(self, kind: str, law: str, args, expr: Expr) -> Term:
         """A base draw of its own, not named yet."""
         if not self.drawing:
-            raise Problem(self._not_drawn(expr))
+            raise Problem(mistakes.not_drawn(expr))
         self.streams += 1
         return leaf("draw", kind, *args, span=expr.span, law=law, name="", stream=self.streams)
 
@@ -215,7 +155,7 @@ class Derivation:
         try:
             found = linear(target, frozenset((x0, eps)))
         except NotLinear:
-            raise Problem(self._not_linear()) from None
+            raise Problem(mistakes.not_linear(self.equations)) from None
         return found.get(x0, const(0)), found.get(eps, const(0))
 
     # ---- expressions
@@ -238,14 +178,14 @@ class Derivation:
                 return self._name(path, expr, frame)
             case Call():
                 return self._call(expr, frame)
-        raise Problem(self._no_number(expr))
+        raise Problem(mistakes.no_number(expr))
 
     def number(self, expr: Expr, frame: Frame) -> Term:
         """The value of an expression that must be a term, not a function left open."""
         value = self.value(expr, frame)
         if isinstance(value, Term):
             return value
-        raise Problem(self._left_open(value, expr))
+        raise Problem(mistakes.left_open(value, expr))
 
     def make(self, op: str, expr: Expr, *args) -> Term:
         try:
@@ -310,7 +250,7 @@ class Derivation:
         elif name in SPECIAL:
             return SPECIAL[name](self, expr, frame)
         elif name in OPERATIONS:
-            return self.make(name, expr, *self._positional(expr, frame, OPERATIONS[name].arity))
+            return self.make(name, expr, *self.positional(expr, frame, OPERATIONS[name].arity))
         elif name in LAWS:
             return self._law(expr, frame)
         else:
@@ -329,7 +269,7 @@ class Derivation:
             target = self.read(name, frame.world, expr)
             if isinstance(target, Function):
                 return target
-            raise Problem(self._not_callable(expr))
+            raise Problem(mistakes.not_callable(expr))
         values = {}
         for argument in expr.args:
             inner = self.qualified((argument.name,), frame.scope)
@@ -347,7 +287,7 @@ class Derivation:
         for argument in args:
             name = argument.name or next(free, None)
             if name not in formals or name in bound:
-                raise Problem(self._bad_argument(function, argument, name))
+                raise Problem(mistakes.bad_argument(function, argument, name))
             bound[name] = Thunk(argument.value, frame.scope, tuple(frame.env.items()))
         still = tuple(n for n in function.open if n not in bound)
         if still:
@@ -363,17 +303,17 @@ class Derivation:
     def only(self, expr: Call) -> Argument:
         """The argument of a form that takes exactly one."""
         if len(expr.args) != 1 or expr.args[0].name:
-            raise Problem(self._arity(expr, 1))
+            raise Problem(mistakes.arity(expr, 1))
         return expr.args[0]
 
-    def _positional(self, expr: Call, frame: Frame, count: int) -> list[Term]:
+    def positional(self, expr: Call, frame: Frame, count: int) -> list[Term]:
         if len(expr.args) != count or any(a.name for a in expr.args):
-            raise Problem(self._arity(expr, count))
+            raise Problem(mistakes.arity(expr, count))
         return [self.number(a.value, frame) for a in expr.args]
 
     def _law(self, expr: Call, frame: Frame) -> Term:
         wanted = LAWS[expr.dotted].partition(":")[0].count(",") + 1
-        args = self._positional(expr, frame, wanted)
+        args = self.positional(expr, frame, wanted)
         for arg, given in zip(args, expr.args, strict=True):
             self.make("neg", given.value, arg)  # a law is made of numbers
         kind = args[0].kind if expr.dotted == "noise" else "sample"
@@ -387,94 +327,22 @@ class Derivation:
         if chain := circle(definition):
             raise Problem(circular(chain))
 
-    # ---- what is wrong, in words
+    # ---- what is wrong
 
-    def _cycle(self, name, at) -> Finding:
-        names = [n for n, _ in self.active]
-        start = len(names) - 1 - names[::-1].index(name)
-        chain = [*names[start:], name]
+    def _cycle(self, name: str, at) -> Finding:
         span = at.span if at is not None else self.equations.versions[name][-1].span
-        text = f"`{name}` is defined by itself: " + " -> ".join(chain)
-        hint = f"`{name}' = …` reads the value it had before"
-        return Finding("DIF122", text, Label(span), help=hint)
+        return mistakes.cycle([n for n, _ in self.active], name, span)
 
-    def _nothing(self, name, at) -> Finding:
-        because = "" if name != "target" else "the prediction type says what is compared"
-        slot = {"target": "prediction_type", "alpha": "process", "sigma": "process", "t": "process"}
-        filled = [u.label for u in self.equations.uses]
-        hint = f"define it: `{name} {'~' if name == 't' else '='} …`"
-        if name in slot and slot[name].removesuffix("_type") not in filled:
-            hint = f"add `{slot[name]} = …`"
-        versions = self.equations.versions
-        readers = [n for n, _ in reversed(self.active) if n in versions and n != name]
-        span = at.span if at is not None else versions[(*readers, "loss")[0]][-1].span
-        text = f"nothing here defines `{name}`"
-        return Finding("DIF123", text, Label(span), because=because, help=hint)
+    def _nothing(self, name: str, at) -> Finding:
+        return mistakes.nothing(name, self.equations, [n for n, _ in self.active], at)
 
-    def _unknown(self, path, expr, frame: Frame) -> Finding:
-        name = ".".join(path)
+    def _unknown(self, path: tuple[str, ...], at, frame: Frame) -> Finding:
+        name, home, scope = ".".join(path), frame.scope.home, frame.scope
         if name in OPEN:
-            return self._nothing(name, expr)
-        home, scope = frame.scope.home, frame.scope
+            return self._nothing(name, at)
         local = [*home.known("param"), *frame.env, *scope.locals, *scope.words]
         known = [*local, *self.equations.versions, *INPUTS, *NETS, *OPERATIONS, *LAWS, *SPECIAL]
-        close = nearest(name, [*known, *home.known("function")])
-        span = expr.head if isinstance(expr, Call) else expr.span
-        hint = f"write `{close}`" if close else "define it here, or add it as a parameter"
-        return Finding("DIF120", f"there is no `{name}`", Label(span), help=hint)
-
-    def _not_linear(self) -> Finding:
-        equation = self.equations.versions["target"][0]
-        return Finding(
-            "DIF202",
-            "the target is not a multiple of `x0` plus a multiple of `eps`",
-            Label(equation.span),
-            because="clean data and noise are recovered by solving two linear equations",
-            help="write `target = a * x0 + b * eps`, and what bends it as `target' = …`",
-        )
-
-    def _no_number(self, expr) -> Finding:
-        text, hint = f"`{expr.span.text}` is not a number here", "write a number, a name or a call"
-        return Finding("DIF124", text, Label(expr.span), help=hint)
-
-    def _not_drawn(self, expr: Call) -> Finding:
-        text = f"`{expr.span.text}` is a law, and here a number is needed"
-        because = "a draw has a name, so that it is drawn once and shared"
-        hint = f"draw it first: `name ~ {expr.span.text}`, and read `name` here"
-        return Finding("DIF128", text, Label(expr.span), because=because, help=hint)
-
-    def _left_open(self, function: Function, expr) -> Finding:
-        names = ", ".join(f"`{n}`" for n in function.open)
-        title = function.definition.name
-        text = f"`{title}` still needs {names}"
-        hint = f"add `{function.open[0]} = …` to its arguments"
-        return Finding("DIF125", text, Label(expr.span), help=hint)
-
-    def _not_callable(self, expr: Call) -> Finding:
-        name = expr.dotted
-        return Finding(
-            "DIF126",
-            f"`{name}` is a quantity, not a function",
-            Label(expr.span),
-            help=f"`{name}(t = …)` derives it again with a name replaced",
-        )
-
-    def _bad_argument(self, function: Function, argument, name) -> Finding:
-        title = function.definition.name
-        formals = [f.name for f in function.definition.node.formals]
-        if name in formals:
-            text = f"`{name}` of `{title}` is given twice"
-        elif argument.name:
-            text = f"`{title}` has no argument `{argument.name}`"
-        else:
-            text = f"`{title}` takes {len(formals)} argument{'s' * (len(formals) != 1)}"
-        close = nearest(argument.name or "", formals)
-        hint = f"write `{close}`" if close else f"it is `{title}({', '.join(formals)})`"
-        return Finding("DIF111", text, Label(argument.span), help=hint)
-
-    def _arity(self, expr: Call, count: int) -> Finding:
-        text = f"`{expr.dotted}` takes {count} argument{'s' * (count != 1)} by position"
-        return Finding("DIF111", text, Label(expr.span))
+        return mistakes.unknown(name, [*known, *home.known("function")], at)
 
 
 def _formals(definition: Definition) -> dict[str, Formal]:
@@ -500,85 +368,3 @@ def _name_streams(law: Term, name: str) -> Term:
         return leaf("draw", term.kind, *args, span=term.span, law=term["law"], name=names[term])
 
     return rebuild(law, change)
-
-
-# ---- forms that are more than functions
-
-
-def _again(self: Derivation, expr: Call, frame: Frame) -> Term:
-    """`again(q)`: the law of q with streams of its own."""
-    argument = self.only(expr)
-    world = replace(frame.world, plain=frozenset({ALL}))
-    law = self.number(argument.value, Frame(frame.scope, frame.env, world))
-
-    def fresh(term: Term, args):
-        if term.op == "draw":
-            return self.stream(term.kind, term["law"], args, expr)
-
-    return rebuild(law, fresh)
-
-
-def _dot(self: Derivation, expr: Call, frame: Frame) -> Term:
-    """`dot(e)`: the derivative in t, nothing else moving."""
-    from difftrain.language.calculus import NoDerivative, derivative
-
-    argument = self.only(expr)
-    t = self.read("t", frame.world, expr)
-    moving = leaf("variable", "sample", name="t")
-    inner = Frame(frame.scope, frame.env, frame.world.swap({"t": moving}))
-    value = self.number(argument.value, inner)
-    try:
-        slope = derivative(value, moving)
-    except NoDerivative as problem:
-        raise Problem(
-            Finding(
-                "DIF201",
-                f"`{expr.span.text}` has no value: {problem}",
-                Label(expr.span),
-                because="the path of a discrete process is a table of steps, not a curve",
-                help="use a continuous process such as `linear`, or another prediction type",
-            )
-        ) from None
-    return rebuild(slope, lambda term, args: t if term is moving else None)
-
-
-def _ddt(self: Derivation, expr: Call, frame: Frame) -> Term:
-    """`ddt(e)`: forward-mode derivative of e, t moving with 1 and xt with `flow`."""
-    argument = self.only(expr)
-    self.depth += 1
-    names = ("t", "xt")
-    at = [self.read(n, frame.world, expr) for n in names]
-    moving = [
-        leaf("variable", a.kind, name=f"{n}.{self.depth}") for n, a in zip(names, at, strict=True)
-    ]
-    held = {
-        n: self.read(n, frame.world)
-        for n in STILL
-        if n in self.equations.versions or n in ("x0", "cond")
-    }
-    world = frame.world.swap({**held, **dict(zip(names, moving, strict=True))})
-    body = self.number(argument.value, Frame(frame.scope, frame.env, world))
-    flow = self.read("flow", frame.world, expr)
-    self.depth -= 1
-    return leaf("jvp", body.kind, body, *moving, *at, const(1), flow, span=expr.span)
-
-
-def _network(self: Derivation, expr: Call, frame: Frame) -> Term:
-    """`network(x, tau, cond)` of the current net, with its further times and inputs."""
-    x, tau, cond = self._positional(expr, frame, 3)
-    read = lambda n: self.read(n, frame.world, expr)  # noqa: E731
-    extra = [self.read("c_noise", frame.world.swap({"t": read(n)}), expr) for n in self.times[1:]]
-    extra += [read(n) for n in self.inputs]
-    names = tuple(n.rpartition(".")[2] for n in (*self.times[1:], *self.inputs))
-    return leaf(
-        "network", "field", read("net"), x, tau, cond, read("dropout"), *extra,
-        span=expr.span, extras=names,
-    )  # fmt: skip
-
-
-SPECIAL: dict[str, Callable] = {
-    "again": _again,
-    "dot": _dot,
-    "ddt": _ddt,
-    "network": _network,
-}

@@ -10,9 +10,10 @@ from functools import reduce
 from operator import add, sub
 
 from difftrain.language.algebra import linear, linear_leaves
-from difftrain.language.derive import HERE, Derivation, Problem, World
+from difftrain.language.derive import Derivation
 from difftrain.language.term import Term, const, is_const, show, walk
 from difftrain.language.weighting import simple
+from difftrain.language.worlds import HERE, Problem, World
 
 MAIN = ("t", "alpha", "sigma", "xt", "target", "pred", "x0_hat", "fit", "loss")
 RANKED = (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from difftrain.language.density import Curve, Row, curve
-from difftrain.language.derive import Derivation, Problem
+from difftrain.language.derive import Derivation
 from difftrain.language.equations import MAIN, Line, equations, labels, law
 from difftrain.language.finding import SpecError
 from difftrain.language.part import Part
@@ -23,6 +23,7 @@ from difftrain.language.weighting import (
     sized,
     weighting,
 )
+from difftrain.language.worlds import Problem
 
 WIDTH = 100
 BAR = 16

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from difftrain.language.derive import HERE, Derivation, Frame, Problem
+from difftrain.language.derive import Derivation
 from difftrain.language.finding import Finding, Fix, Label
 from difftrain.language.names import Names, standard
 from difftrain.language.nearest import nearest
 from difftrain.language.scope import Equations, Scope
 from difftrain.language.tree import Block, Define, Expr, Formal, Quantity, Span
 from difftrain.language.values import read_option
+from difftrain.language.worlds import HERE, Frame, Problem
 
 FUNCTIONS_OF_STEP = ("ema",)  # options that are an expression in `step`
 MULTIPLIERS = ("k", "M", "G")

@@ -6,13 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from difftrain.language.derive import HERE, Derivation, Frame, Problem, World
+from difftrain.language.derive import Derivation
 from difftrain.language.names import is_shipped
 from difftrain.language.numbers import Support, points, support, values
 from difftrain.language.scope import Equation, Scope, Use
 from difftrain.language.spec import Objective, Spec, build_objective
 from difftrain.language.term import Term, leaf, number
 from difftrain.language.tree import Define, Expr, Span
+from difftrain.language.worlds import HERE, Frame, Problem, World
 
 SAMPLED = ("x0_hat", "eps_hat", "flow_hat", "score_hat")  # what a sampler may ask for
 TIME = leaf("variable", "sample", name="t")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difftrain.language.derive import HERE, Frame, Problem
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import is_shipped
 from difftrain.language.rules.case import Case, inside
@@ -11,6 +10,7 @@ from difftrain.language.spec import SLOTS
 from difftrain.language.term import Term
 from difftrain.language.tree import Name
 from difftrain.language.values import check_domain
+from difftrain.language.worlds import HERE, Frame, Problem
 
 
 def domains(case: Case, found: list[Finding]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from difftrain.language.derive import HERE, Derivation, Frame, Problem
+from difftrain.language.derive import Derivation
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import LIBRARY_KINDS, Definition
 from difftrain.language.nearest import nearest
@@ -26,6 +26,7 @@ from difftrain.language.tree import (
     Text,
 )
 from difftrain.language.values import check_domain, plain
+from difftrain.language.worlds import HERE, Frame, Problem
 
 EQUATIONS = (*LIBRARY_KINDS, "objective")
 

@@ -1,0 +1,101 @@
+"""What can be wrong when a quantity is read, in words: one finding each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from difftrain.language.finding import Finding, Label
+from difftrain.language.nearest import nearest
+from difftrain.language.scope import Equations
+from difftrain.language.tree import Argument, Call, Expr, Span
+from difftrain.language.worlds import Function
+
+SLOTS = {"target": "prediction_type", "alpha": "process", "sigma": "process", "t": "process"}
+
+
+def cycle(names: Sequence[str], name: str, span: Span) -> Finding:
+    """`names` are being read, the innermost last, and `name` is one of them."""
+    start = len(names) - 1 - list(names)[::-1].index(name)
+    text = f"`{name}` is defined by itself: " + " -> ".join([*names[start:], name])
+    hint = f"`{name}' = …` reads the value it had before"
+    return Finding("DIF122", text, Label(span), help=hint)
+
+
+def nothing(name: str, equations: Equations, reading: Sequence[str], at: Expr | None) -> Finding:
+    """No equation gives `name`, and the names in `reading` lead to it, the innermost last."""
+    because = "" if name != "target" else "the prediction type says what is compared"
+    filled = [u.label for u in equations.uses]
+    hint = f"define it: `{name} {'~' if name == 't' else '='} …`"
+    if name in SLOTS and SLOTS[name].removesuffix("_type") not in filled:
+        hint = f"add `{SLOTS[name]} = …`"
+    versions = equations.versions
+    readers = [n for n in reversed(reading) if n in versions and n != name]
+    span = at.span if at is not None else versions[(*readers, "loss")[0]][-1].span
+    text = f"nothing here defines `{name}`"
+    return Finding("DIF123", text, Label(span), because=because, help=hint)
+
+
+def unknown(name: str, known: Sequence[str], at: Expr | Argument) -> Finding:
+    """`name` means nothing here; `known` is what would."""
+    close = nearest(name, known)
+    span = at.head if isinstance(at, Call) else at.span
+    hint = f"write `{close}`" if close else "define it here, or add it as a parameter"
+    return Finding("DIF120", f"there is no `{name}`", Label(span), help=hint)
+
+
+def not_linear(equations: Equations) -> Finding:
+    return Finding(
+        "DIF202",
+        "the target is not a multiple of `x0` plus a multiple of `eps`",
+        Label(equations.versions["target"][0].span),
+        because="clean data and noise are recovered by solving two linear equations",
+        help="write `target = a * x0 + b * eps`, and what bends it as `target' = …`",
+    )
+
+
+def no_number(expr: Expr) -> Finding:
+    text, hint = f"`{expr.span.text}` is not a number here", "write a number, a name or a call"
+    return Finding("DIF124", text, Label(expr.span), help=hint)
+
+
+def not_drawn(expr: Call) -> Finding:
+    text = f"`{expr.span.text}` is a law, and here a number is needed"
+    because = "a draw has a name, so that it is drawn once and shared"
+    hint = f"draw it first: `name ~ {expr.span.text}`, and read `name` here"
+    return Finding("DIF128", text, Label(expr.span), because=because, help=hint)
+
+
+def left_open(function: Function, expr: Expr) -> Finding:
+    names = ", ".join(f"`{n}`" for n in function.open)
+    text = f"`{function.definition.name}` still needs {names}"
+    hint = f"add `{function.open[0]} = …` to its arguments"
+    return Finding("DIF125", text, Label(expr.span), help=hint)
+
+
+def not_callable(expr: Call) -> Finding:
+    return Finding(
+        "DIF126",
+        f"`{expr.dotted}` is a quantity, not a function",
+        Label(expr.span),
+        help=f"`{expr.dotted}(t = …)` derives it again with a name replaced",
+    )
+
+
+def bad_argument(function: Function, argument: Argument, name: str | None) -> Finding:
+    """An argument that the function does not have, or has already."""
+    title = function.definition.name
+    formals = [f.name for f in function.definition.node.formals]
+    if name in formals:
+        text = f"`{name}` of `{title}` is given twice"
+    elif argument.name:
+        text = f"`{title}` has no argument `{argument.name}`"
+    else:
+        text = f"`{title}` takes {len(formals)} argument{'s' * (len(formals) != 1)}"
+    close = nearest(argument.name or "", formals)
+    hint = f"write `{close}`" if close else f"it is `{title}({', '.join(formals)})`"
+    return Finding("DIF111", text, Label(argument.span), help=hint)
+
+
+def arity(expr: Call, count: int) -> Finding:
+    text = f"`{expr.dotted}` takes {count} argument{'s' * (count != 1)} by position"
+    return Finding("DIF111", text, Label(expr.span))
