@@ -11,20 +11,20 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
 from difftrain import __version__
 from difftrain.commands.console import complain
-from difftrain.commands.failure import FINDINGS, USAGE, Failure, failure
+from difftrain.commands.failure import CLEAN, FINDINGS, USAGE, Failure, failure
 from difftrain.language.finding import SpecError
 from difftrain.language.nearest import nearest
 
 Option = tuple[tuple[str, ...], dict]
 
 
-def _arg(*flags: str, **settings) -> Option:
+def arg(*flags: str, **settings) -> Option:
     return flags, settings
 
 
@@ -46,13 +46,25 @@ def _count(text: str) -> int:
     return int(text)
 
 
-PATHS = _arg("paths", nargs="*", metavar="PATH", help="files or folders; none is this folder")
-SPEC = _arg("spec", nargs="?", default=".", metavar="SPEC", help="a .diff file, or its folder")
-OBJECTIVE = _arg("--objective", metavar="NAME", help="which one, where a file has several")
-SET = _arg(
+def _some(text: str) -> int:
+    if not _count(text):
+        raise argparse.ArgumentTypeError("no pictures are asked for: give a number from 1 on")
+    return int(text)
+
+
+PATHS = arg("paths", nargs="*", metavar="PATH", help="files or folders; none is this folder")
+SPEC = arg("spec", nargs="?", default=".", metavar="SPEC", help="a .diff file, or its folder")
+OBJECTIVE = arg("--objective", metavar="NAME", help="which one, where a file has several")
+SET = arg(
     "--set", action="append", default=[], metavar="NAME=VALUE", dest="settings",
     help="a param, or a dotted path to an option: `gamma=3`, `train.steps=200`",
 )  # fmt: skip
+TRAINING = (
+    arg("--data", metavar="PATH", help="pictures instead of those the spec names"),
+    arg("--steps", type=_count, metavar="N", help="optimizer steps in all"),
+    arg("--resume", metavar="PATH", help="a checkpoint or a run to go on from, or `auto`"),
+    arg("-o", "--out", metavar="FOLDER", help="the run's; a new one in `runs` if not said"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ COMMANDS: dict[str, Command] = {
         (
             PATHS,
             SET,
-            _arg(
+            arg(
                 "--format",
                 type=_one_of("format", "text", "github", "json"),
                 default="text",
@@ -87,18 +99,18 @@ COMMANDS: dict[str, Command] = {
     "fmt": Command(
         "check:fmt",
         "write specs in the one layout",
-        (PATHS, _arg("--check", action="store_true", help="change nothing, exit 1 if it would")),
+        (PATHS, arg("--check", action="store_true", help="change nothing, exit 1 if it would")),
     ),
     "explain": Command(
         "show:explain",
         "tell what a spec trains, or what a finding's code means",
         (
-            _arg(
+            arg(
                 "spec", nargs="?", default=".", metavar="SPEC|CODE", help="a .diff file, or DIF203"
             ),
             SET,
             OBJECTIVE,
-            _arg("--passes", action="store_true", help="also what each pass of the compiler does"),
+            arg("--passes", action="store_true", help="also what each pass of the compiler does"),
         ),
     ),
     "graph": Command(
@@ -108,55 +120,50 @@ COMMANDS: dict[str, Command] = {
             SPEC,
             SET,
             OBJECTIVE,
-            _arg(
-                "--quantity", default="loss", metavar="NAME", help="which one; `loss` if not said"
-            ),
-            _arg("--before", metavar="PASS", help="as it is before this pass"),
-            _arg("--after", metavar="PASS", help="as it is after this pass"),
+            arg("--quantity", default="loss", metavar="NAME", help="which one; `loss` if not said"),
+            arg("--before", metavar="PASS", help="as it is before this pass"),
+            arg("--after", metavar="PASS", help="as it is after this pass"),
         ),
     ),
     "diff": Command(
         "show:diff",
         "say whether two specs train the same",
-        (_arg("first", metavar="A"), _arg("second", metavar="B"), SET),
+        (arg("first", metavar="A"), arg("second", metavar="B"), SET),
     ),
     "import": Command(
         "convert:convert",
         "write another trainer's configuration as a spec",
         (
-            _arg("config", metavar="CONFIG", help="a YAML file"),
-            _arg("-o", "--output", metavar="FILE", help="where to; stdout if not said"),
+            arg("config", metavar="CONFIG", help="a YAML file"),
+            arg("-o", "--output", metavar="FILE", help="where to; stdout if not said"),
         ),
     ),
     "compile": Command(
         "run:compile_spec",
         "write one executable file that trains",
-        (SPEC, SET, _arg("-o", "--output", metavar="FILE", help="the spec's name if not said")),
+        (SPEC, SET, arg("-o", "--output", metavar="FILE", help="the spec's name if not said")),
     ),
     "train": Command(
         "run:train",
         "train what a spec declares",
-        (
-            SPEC,
-            SET,
-            _arg("--data", metavar="PATH", help="pictures instead of those the spec names"),
-            _arg("--steps", type=_count, metavar="N", help="optimizer steps in all"),
-            _arg("--resume", metavar="PATH", help="a checkpoint to go on from, or `auto`"),
-            _arg(
-                "-o",
-                "--output",
-                metavar="FOLDER",
-                help="the run's; a new one in `runs` if not said",
-            ),
-        ),
+        (SPEC, SET, *TRAINING),
     ),
     "sample": Command(
         "run:sample",
         "make pictures with a trained model",
         (
-            _arg("run", metavar="RUN", help="the folder of a run, or a checkpoint"),
+            arg("run", metavar="RUN", help="the folder of a run, or a checkpoint"),
+            arg(
+                "--prompt",
+                action="append",
+                default=[],
+                metavar="TEXT",
+                dest="prompts",
+                help="what to draw; several are drawn in turn, none draws captions",
+            ),
+            arg("-n", "--count", type=_some, metavar="N", help="how many pictures"),
             SET,
-            _arg("-o", "--output", metavar="FILE", help="where the pictures go"),
+            arg("-o", "--output", metavar="FILE", help="a PNG; the run's name if not said"),
         ),
     ),
 }
@@ -174,9 +181,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code of a command line."""
-    argv = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
+
+
+def guarded(program: Callable[[], int]) -> int:
+    """The exit code of a program; whatever it raises is told and has a code of its own."""
     try:
-        code = _dispatch(argv)
+        code = program()
         sys.stdout.flush()
         return code
     except SpecError as error:
@@ -222,26 +233,34 @@ def _dispatch(argv: list[str]) -> int:
 
 def _run(name: str, argv: list[str]) -> int:
     command = COMMANDS[name]
-    parser = Parser(prog=f"difftrain {name}", description=command.summary, allow_abbrev=False)
-    for flags, settings in command.options:
+    args = parse(f"difftrain {name}", command.summary, command.options, argv)
+    return CLEAN if args is None else command.run(args)
+
+
+def parse(
+    program: str, summary: str, options: Sequence[Option], argv: list[str]
+) -> argparse.Namespace | None:
+    """The arguments of a program, or None where help was asked for and is printed."""
+    parser = Parser(prog=program, description=summary, allow_abbrev=False)
+    for flags, settings in options:
         parser.add_argument(*flags, **settings)
     if {"-h", "--help"} & set(argv):
         print(parser.format_help(), end="")
-        return 0
+        return None
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise Failure(_unknown(name, unknown[0]), USAGE)
-    return command.run(args)
+        raise Failure(_unknown(program, options, unknown[0]), USAGE)
+    return args
 
 
-def _unknown(name: str, word: str) -> str:
+def _unknown(program: str, options: Sequence[Option], word: str) -> str:
     if not word.startswith("-"):
-        return f"`difftrain {name}` does not know what to do with `{word}`"
+        return f"`{program}` does not know what to do with `{word}`"
     flag = word.partition("=")[0]
-    flags = [f for names, _ in COMMANDS[name].options for f in names if f.startswith("-")]
+    flags = [f for names, _ in options for f in names if f.startswith("-")]
     close = nearest(flag, flags)
-    hint = f"did you mean `{close}`?" if close else f"`difftrain {name} --help` lists them"
-    return f"`difftrain {name}` has no option `{flag}`: {hint}"
+    hint = f"did you mean `{close}`?" if close else f"`{program} --help` lists them"
+    return f"`{program}` has no option `{flag}`: {hint}"
 
 
 def usage() -> str:

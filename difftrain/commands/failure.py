@@ -9,7 +9,10 @@ TOLD = {
     "difftrain.training.sources.DataError": FAILED,
     "difftrain.models.errors.PartError": USAGE,
     "difftrain.importers.config.ConfigError": USAGE,
+    "difftrain.compiler.lowering.NoCompiler": ABSENT,
     "difftrain.training.run.RunFailed": FAILED,
+    "difftrain.training.bundle.SettingError": USAGE,
+    "difftrain.training.folder.FolderError": USAGE,
     "difftrain.training.state.CheckpointError": USAGE,
 }
 

@@ -5,20 +5,30 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from difftrain.commands.failure import CLEAN
+from difftrain.commands.failure import CLEAN, USAGE, Failure
 from difftrain.commands.paths import one_spec, read, settings
 
 
 def compile_spec(args: Namespace) -> int:
     """Writes one executable file that trains the spec."""
     path, changes = one_spec(args.spec), settings(args.settings)
+    out = _free(args.output or Path(path).stem, path)
     read(path, changes, "compile")  # what is wrong is told before torch is imported
     from difftrain.compiler.executable import pack
     from difftrain.training.bundle import compile_spec as bundle
+    from difftrain.training.measure import measured
 
-    files = bundle(path, changes).files()
-    print(pack(files, args.output or Path(path).stem))
+    print(pack(measured(bundle(path, changes)).texts, out))
     return CLEAN
+
+
+def _free(out: str, spec: str) -> str:
+    """Where the executable goes: never over its own spec, or a folder."""
+    if Path(out).is_dir():
+        raise Failure(f"`{out}` is a folder: say with `-o` how to call the executable", USAGE)
+    if Path(out).exists() and Path(out).samefile(spec):
+        raise Failure(f"`{out}` is the spec itself: say with `-o` another file", USAGE)
+    return out
 
 
 def train(args: Namespace) -> int:
@@ -27,11 +37,14 @@ def train(args: Namespace) -> int:
     read(path, changes, "train")
     from difftrain.training.run import train as run
 
-    return run(path, changes, data=args.data, steps=args.steps, resume=args.resume, out=args.output)
+    return run(path, changes, data=args.data, steps=args.steps, resume=args.resume, out=args.out)
 
 
 def sample(args: Namespace) -> int:
-    """Samples from a run; the exit code is the run's."""
-    from difftrain.training.run import sample as run
+    """Draws pictures from the averaged weights of a run into one file."""
+    from difftrain.training.samples import sample as draw
 
-    return run(args.run, settings(args.settings), out=args.output)
+    changes = settings(args.settings)
+    path = draw(args.run, changes, prompts=args.prompts, count=args.count, out=args.output)
+    print(path)
+    return CLEAN

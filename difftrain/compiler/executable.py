@@ -12,9 +12,11 @@ import os
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
+from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+from difftrain.language.lexing import tables
 from difftrain.shipped import folder
 
 SHEBANG = b"#!/usr/bin/env python3\n"
@@ -22,50 +24,62 @@ BUNDLE = "bundle/"
 MAIN = """\
 import sys
 
-from difftrain.launch import main
+if sys.version_info < (3, 11):
+    print("error: this needs Python 3.11 or later, and here is", sys.version, file=sys.stderr)
+    sys.exit(3)
 
-sys.exit(main())
+try:
+    from difftrain.commands.launch import main
+except ModuleNotFoundError as it:
+    print(f"error: `{it.name}` is not installed here: install it and try again", file=sys.stderr)
+    sys.exit(3)
+
+sys.exit(main(sys.argv))
 """
 LEFT_OUT = ("__pycache__",)
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # the same inputs give the same bytes
 
 
-def pack(files: Mapping[str, str], path: str | Path) -> Path:
+def pack(texts: Mapping[str, str], path: str | Path) -> Path:
     """Writes the executable; it appears whole or not at all."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as out:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write(partial, texts)
+        mode = partial.stat().st_mode
+        partial.chmod(mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _write(path: Path, texts: Mapping[str, str]) -> None:
+    with path.open("wb") as out:
         out.write(SHEBANG)
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
             _add(archive, "__main__.py", MAIN.encode())
-            for name, text in sorted(files.items()):
+            for name, text in sorted(texts.items()):
                 _add(archive, BUNDLE + name, text.encode())
-            for name, data in runtime():
+            for name, data in runtime().items():
                 _add(archive, name, data)
-    mode = partial.stat().st_mode
-    partial.chmod(mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-    os.replace(partial, path)
-    return path
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
     archive.writestr(zipfile.ZipInfo(name, FIXED_TIME), data, zipfile.ZIP_DEFLATED)
 
 
-def runtime() -> Iterator[tuple[str, bytes]]:
-    """The package's files, with the grammar and the library where a wheel has them."""
-    from importlib.resources import files
-
-    seen = set()
-    for root, where in (
-        (files("difftrain"), "difftrain"),
-        (folder("grammars"), "difftrain/grammars"),
-        (folder("specs"), "difftrain/specs"),
-    ):
-        for name, item in _walk(root, where):
-            if name not in seen:
-                seen.add(name)
-                yield name, item.read_bytes()
+def runtime() -> dict[str, bytes]:
+    """The package's files by their places in the zip: code, grammar and its tables, the library,
+    pictures, the codec's weights."""
+    places = {
+        "difftrain": files("difftrain"),
+        "difftrain/grammars": folder("grammars"),
+        "difftrain/specs": folder("specs"),
+    }
+    found = {n: item.read_bytes() for at, root in places.items() for n, item in _walk(root, at)}
+    grammar = found["difftrain/grammars/diff.lark"].decode()
+    return found | {"difftrain/grammars/diff.json": tables(grammar).encode()}
 
 
 def _walk(root: Traversable, where: str) -> Iterator[tuple[str, Traversable]]:

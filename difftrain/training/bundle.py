@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-
-import torch
 
 import difftrain
 from difftrain.compiler.emit import emit
 from difftrain.compiler.program import load
 from difftrain.compiler.step import Inputs, Recipe, emit_step
+from difftrain.compiler.texts import (
+    MANIFEST,
+    SPEC,
+    Texts,
+    checked,
+    imported,
+    read_spec,
+    versions,
+)
 from difftrain.graph.build import build
 from difftrain.graph.passes import run as run_passes
-from difftrain.language.check import check
-from difftrain.language.finding import SpecError
 from difftrain.language.format import format_text
 from difftrain.language.numbers import draws, points, values
 from difftrain.language.options import Run, defaults
@@ -31,40 +37,60 @@ from difftrain.language.tree import Source
 
 ESTIMATES = ("x0_hat", "eps_hat")
 LEVELS = ("alpha", "sigma", "row_a")
+RUNTIME = {  # what may be set without compiling again
+    "data": ("source", "size", "batch", "captions"),
+    "train": (
+        "steps", "compile", "resume_from", "seed", "keep", "save_every", "sample_every",
+        "log_every",
+    ),
+    "sample": ("solver", "guidance", "prompts", "count", "seed"),
+}  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
+class SettingError(Exception):
+    """A setting that comes too late; the message says what to do."""
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """The resolved spec, its manifest, and the emitted sources by file name."""
+    """The texts of a compiled spec by file name: see `compiler.texts`."""
 
-    name: str
-    spec: str
-    manifest: dict
-    sources: Mapping[str, str]
-    settings: Mapping[str, str] = field(default_factory=dict)
+    texts: Texts
+
+    @cached_property
+    def manifest(self) -> dict:
+        return json.loads(self.texts[MANIFEST])
+
+    @property
+    def name(self) -> str:
+        return self.manifest["name"]
 
     def module(self, file: str):
         """An emitted source, loaded."""
-        return load(self.sources[file], file.removesuffix(".py"))
+        return load(self.texts[file], file.removesuffix(".py"))
 
     def read(self, settings: Mapping[str, str] | None = None) -> Spec:
-        """The spec, with further settings. Raises SpecError."""
-        spec, found = check(Source(f"{self.name}.diff", self.spec), settings)
-        if any(f.severity == "error" for f in found):
-            raise SpecError(found)
+        """The spec, with settings that leave the emitted step as it is. Raises SpecError and
+        SettingError."""
+        spec = read_spec(self.texts, settings)
+        for path, value in (settings or {}).items():
+            kind, *option = path.split(".")
+            if not option or option[0] not in RUNTIME.get(kind, ()):
+                raise SettingError(
+                    f"`{path}` is part of the compiled step: compile the spec again with"
+                    f" `--set {path}={value}`"
+                )
         return spec
 
-    def files(self) -> dict[str, str]:
-        """The texts of the bundle by the names they have in a run folder and in an executable."""
-        manifest = json.dumps(self.manifest, indent=2) + "\n"
-        return {"spec.diff": self.spec, "manifest.json": manifest, **self.sources}
+    def saying(self, more: Mapping[str, object]) -> Bundle:
+        """The bundle with more in its manifest."""
+        manifest = json.dumps({**self.manifest, **more}, indent=2) + "\n"
+        return Bundle({**self.texts, MANIFEST: manifest})
 
 
-def open_bundle(files: Mapping[str, str]) -> Bundle:
-    """The bundle of texts that `Bundle.files` gave."""
-    manifest = json.loads(files["manifest.json"])
-    sources = {n: t for n, t in files.items() if n not in ("spec.diff", "manifest.json")}
-    return Bundle(manifest["name"], files["spec.diff"], manifest, sources, manifest["settings"])
+def open_bundle(texts: Texts) -> Bundle:
+    """The bundle of texts out of an executable or a run folder."""
+    return Bundle(texts)
 
 
 def compile_spec(path: str | Path, settings: Mapping[str, str] | None = None) -> Bundle:
@@ -79,43 +105,41 @@ def compile_text(name: str, text: str) -> Bundle:
 
 def compile_source(source: Source, settings: Mapping[str, str] | None = None) -> Bundle:
     """The bundle of a source, with settings applied. Raises SpecError."""
-    spec, found = check(source, settings)
-    if any(f.severity == "error" for f in found):
-        raise SpecError(found)
-    objective, name = spec.objective(), Path(source.path).stem
+    spec = checked(source, settings)
+    objective = spec.objective()
     step = emit_step(objective, recipe(spec), step_inputs(objective))
     estimates = run_passes(build(objective, ESTIMATES, fixed=("xt", "t")))
     levels = run_passes(build(objective, LEVELS, fixed=("t",)))
-    sources = {
+    texts = {
+        SPEC: format_text(source),
+        **imported(spec.names, Path(source.path).parent),
         "step.py": step.source,
         "estimates.py": emit(estimates, f"What `{objective.name}` estimates from xt at t."),
         "levels.py": emit(levels, f"The levels of `{objective.name}` at t."),
         "graph.txt": f"{step.derived}\n\nafter the passes\n\n{step.graph}\n",
     }
-    text = resolved(spec)
-    manifest = describe(name, text, objective, sources, settings or {})
-    return Bundle(name, text, manifest, sources, dict(settings or {}))
+    manifest = describe(spec, objective, texts)
+    return Bundle({**texts, MANIFEST: json.dumps(manifest, indent=2) + "\n"})
 
 
-def resolved(spec: Spec) -> str:
-    """The text of the spec, formatted."""
-    return format_text(spec.tree.source)
-
-
-def describe(name, text: str, objective: Objective, sources, settings) -> dict:
+def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
     """What a bundle says of itself: names, hashes, versions, streams."""
     derivation = objective.derivation()
-    derivation.read("loss")
+    loss, t = derivation.read("loss"), derivation.read("t")
+    data, train = block(spec, "data"), block(spec, "train")
+    written = [text for name, text in sorted(texts.items()) if name.endswith(".diff")]
     return {
-        "name": name,
+        "name": Path(spec.path).stem,
         "objective": objective.name,
-        "spec": digest(text),
-        "graph": digest(sources["graph.txt"]),
-        "settings": {k: str(v) for k, v in settings.items()},
+        "spec": digest("".join([*written, json.dumps(spec.settings, sort_keys=True)])),
+        "graph": digest(texts["graph.txt"]),
+        "settings": dict(spec.settings),
         "difftrain": difftrain.__version__,
-        "torch": torch.__version__.partition("+")[0],
-        "streams": [d["name"] for d in draws(derivation.read("loss"))],
-        "time": time_range(derivation.read("t")),
+        "versions": versions(),
+        "precision": f"{train['precision']} forwards, fp32 weights, moments and average",
+        "shapes": {"batch": data["batch"], "picture": [3, data["size"], data["size"]]},
+        "streams": [d["name"] for d in draws(loss)],
+        "time": time_range(t),
     }
 
 

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from difftrain.compiler import lowering
+from difftrain.compiler import lowering, texts
 from difftrain.language.options import Run
-from difftrain.sampling.pictures import grid_png
-from difftrain.training import evaluate, state
+from difftrain.language.spec import Objective
+from difftrain.training import evaluate, samples, state
 from difftrain.training.batches import Batches
-from difftrain.training.bundle import Bundle, block, compile_spec
+from difftrain.training.bundle import Bundle, block, compile_spec, text_part
+from difftrain.training.folder import place
 from difftrain.training.latents import Prepared
 from difftrain.training.parts import Parts, build_parts, encoded, held_out, pictures
 from difftrain.training.sources import Pictures
 
 TRIAL = 3  # uncompiled steps that are timed before `auto` decides on a CPU
-RUNTIME = {  # what may be set without compiling again
-    "data": ("source", "size", "batch", "captions"),
-    "train": (
-        "steps", "compile", "resume_from", "seed", "save_every", "sample_every", "log_every", "keep",
-    ),
-    "sample": ("solver", "guidance", "prompts", "count", "seed"),
-}  # fmt: skip
 
 
 class RunFailed(Exception):
@@ -59,11 +54,15 @@ class Session:
     state: dict[str, Tensor]
     steps: int
     started: float
-    written: list[Path] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
         return self.state["weights"].device
+
+    @property
+    def done(self) -> int:
+        """Completed steps."""
+        return int(self.state["turn"])
 
 
 def train(
@@ -103,72 +102,57 @@ def run(
 
 
 def open_session(bundle, settings, data, steps, resume, out, started) -> Session:
-    """Builds data, modules and state, from the beginning or from a checkpoint."""
+    """Builds data, modules and state, from the beginning or from a checkpoint.
+
+    Whatever is wrong is found before anything is written.
+    """
+    started = started or time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = bundle.read(settings)
     objective = spec.objective()
     options = {kind: block(spec, kind) for kind in ("data", "train", "sample")}
+    train, size, graph = options["train"], options["data"]["size"], bundle.manifest["graph"]
+    samples.fits(bundle, options["sample"]["solver"])
+    if train["compile"] == "on":
+        lowering.choose("on", device.type, 0, None)
+    folder, checkpoint = place(bundle, resume or train["resume_from"], out)
+    facts = state.facts(checkpoint, graph) if checkpoint else {}
+
     seen, unseen = pictures(options["data"], "train", data), held_out(options["data"], data)
-    parts = build_parts(objective, _vocabulary(objective, seen, unseen), options["train"]["seed"], device)
-    steps = steps if steps is not None else options["train"]["steps"]
-    current = state.fresh(parts.weights, options["train"]["seed"], steps)
-    folder, checkpoint = _place(bundle.name, resume or options["train"]["resume_from"], out)
-    size, cache = options["data"]["size"], folder.parent / ".latents"
+    words = json.loads(facts["vocabulary"]) if facts else _vocabulary(objective, seen, unseen)
+    parts = build_parts(objective, words, train["seed"], device)
+    cache = folder.parent / ".latents"
     prepared = encoded(seen, parts, size, cache, device, say)
     other = encoded(unseen, parts, size, cache, device, say) if unseen else None
-    if checkpoint is not None:
-        state.load(checkpoint, current, parts.plan, bundle.manifest["graph"])
+
+    steps = steps if steps is not None else train["steps"]
+    current = state.fresh(parts.weights, train["seed"], steps)
+    if checkpoint:
+        state.load(checkpoint, current, parts.plan, graph)
         say(f"resumed at step {int(current['turn'])} from {checkpoint}")
-    _write_texts(folder, bundle)
+    texts.write(bundle.texts, folder)
     say(f"training `{bundle.name}` on {seen!r}: {parts.plan.size:,} weights, {device}, in {folder}")
+    _doubts(objective)
     made = evaluate.programs(bundle, device)
     return Session(
-        bundle, folder, options["data"], options["train"], options["sample"], parts, made, prepared,
-        other, current, steps, started or time.perf_counter(),
+        bundle, folder, options["data"], train, options["sample"], parts, made, prepared, other,
+        current, steps, started,
     )  # fmt: skip
 
 
-def _vocabulary(objective, seen: Pictures, unseen: Pictures | None) -> list[int]:
+def _vocabulary(objective: Objective, seen: Pictures, unseen: Pictures | None) -> list[int]:
     """The token ids in use in a data set."""
     from difftrain.models.tokenizer import clip_tokenizer
 
-    texts = [*seen.texts, *(unseen.texts if unseen else ())]
-    return clip_tokenizer().used(texts)
+    return clip_tokenizer().used([*seen.texts, *(unseen.texts if unseen else ())])
 
 
-def _place(name: str, resume: str, out: str | None) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to go on from. A new run never touches an old folder."""
-    home = Path("runs")
-    if resume == "auto":
-        folder = Path(out) if out else _last(home, name)
-        return folder, state.newest(folder)
-    if resume:
-        path = Path(resume)
-        checkpoint = state.newest(path) if path.is_dir() else path
-        if checkpoint is None:
-            raise state.CheckpointError(f"the folder `{path}` has no checkpoint to resume from")
-        return Path(out) if out else checkpoint.parent.parent, checkpoint
-    return (Path(out) if out else _free(home, name)), None
-
-
-def _free(home: Path, name: str) -> Path:
-    taken = {p.name for p in home.glob(f"{name}*")} if home.is_dir() else set()
-    number = 1
-    while (name if number == 1 else f"{name}-{number}") in taken:
-        number += 1
-    return home / (name if number == 1 else f"{name}-{number}")
-
-
-def _last(home: Path, name: str) -> Path:
-    """The newest folder of that name with a checkpoint, or the next free one."""
-    found = [p for p in home.glob(f"{name}*") if state.newest(p)] if home.is_dir() else []
-    return max(found, key=lambda p: state.newest(p).stat().st_mtime, default=_free(home, name))
-
-
-def _write_texts(folder: Path, bundle: Bundle) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in bundle.files().items():
-        (folder / name).write_text(text, encoding="utf-8")
+def _doubts(objective: Objective) -> None:
+    text = text_part(objective)
+    if text and not text.options.get("weights") and not text.options.get("train"):
+        say(
+            "warning: the text encoder is random and stays so: give it `weights`, or `train = true`"
+        )
 
 
 # ---- the loop
@@ -178,20 +162,28 @@ def loop(session: Session) -> None:
     """Steps until done. Everything a step changes is a tensor of the state."""
     from torch.utils.tensorboard import SummaryWriter
 
-    first = int(session.state["turn"])
-    seed, batch_size = session.train["seed"], session.data["batch"]
-    batches = Batches(session.prepared, seed, batch_size, first, notes=False)
+    first, seed = session.done, int(session.state["seed"])
+    batches = Batches(session.prepared, seed, session.data["batch"], first, notes=False)
     null_ids = session.parts.null_ids(session.device)
     fixed = (session.parts.modules, session.parts.plan, session.programs.tables["step"])
     step = Stepper(session)
     bar = tqdm(total=session.steps, initial=first, unit="step", file=sys.stderr, dynamic_ncols=True)
-    with bar, SummaryWriter(str(session.folder / "log")) as board:
+    with bar, SummaryWriter(str(session.folder / "log"), purge_step=first + 1) as board:
         for done, batch in zip(range(first + 1, session.steps + 1), batches, strict=False):
             log = step(session.state, _feed(session, batch, null_ids), *fixed)
             bar.update()
-            if done % session.train["log_every"] == 0 or done == session.steps:
+            if _due(session, done, "log_every") or _due(session, done, "save_every"):
                 _report(session, bar, board, done, log)
-            _at_intervals(session, done)
+            if _due(session, done, "save_every"):
+                save(session, done)
+            if _due(session, done, "sample_every") and done < session.steps:
+                grid(session, done)
+
+
+def _due(session: Session, done: int, option: str) -> bool:
+    """Whether something happens after this step: every so many (0 is never), and at the end."""
+    every = session.train[option]
+    return done == session.steps or bool(every and done % every == 0)
 
 
 class Stepper:
@@ -203,9 +195,13 @@ class Stepper:
     def __init__(self, session: Session):
         self.session, self.step = session, session.programs.step.step
         self.calls, self.started = 0, time.perf_counter()
-        self.undecided = session.train["compile"] == "auto" and session.device.type == "cpu"
-        if not self.undecided or lowering.cxx() is None:
+        self.left = session.steps - session.done
+        asked, device = session.train["compile"], session.device.type
+        self.undecided = asked == "auto" and device == "cpu" and bool(lowering.cxx())
+        if not self.undecided:
             self._decide(None)
+        elif self.left <= TRIAL:
+            say(f"not compiled: {self.left} steps are too few to gain from it")
 
     def __call__(self, *args) -> dict[str, Tensor]:
         self.calls += 1
@@ -213,16 +209,29 @@ class Stepper:
             self._decide((time.perf_counter() - self.started) / TRIAL)
         elif self.calls == 2 * TRIAL + 1:
             lowering.no_more_compiling()
-        return self.step(*args)
+        try:
+            return self.step(*args)
+        except torch.OutOfMemoryError as cause:
+            raise RunFailed(_stopped(self.session, "the memory is full", SMALLER)) from cause
 
     def _decide(self, seconds: float | None) -> None:
         session, self.undecided = self.session, False
-        left = session.steps - int(session.state["turn"])
-        choice = lowering.choose(session.train["compile"], session.device.type, left, seconds)
+        kind = session.device.type
+        choice = lowering.choose(session.train["compile"], kind, self.left, seconds)
         say(choice.because)
         self.step = lowering.compiled(self.step) if choice.compiled else self.step
-        if session.device.type == "cuda":
+        if kind == "cuda":
             self.step = lowering.Replayed(self.step)
+
+
+SMALLER = "try a smaller `data.batch`"
+SLOWER = "try a smaller learning rate"
+
+
+def _stopped(session: Session, why: str, advice: str) -> str:
+    kept = state.newest(session.folder)
+    saved = f"the last checkpoint is {kept}" if kept else "no checkpoint had been written"
+    return f"{why}, so the run stops: {saved}; {advice}"
 
 
 def _feed(session: Session, batch: dict, null_ids: Tensor | None) -> dict[str, Tensor]:
@@ -233,33 +242,24 @@ def _feed(session: Session, batch: dict, null_ids: Tensor | None) -> dict[str, T
 
 
 def _report(session: Session, bar: tqdm, board, done: int, log: Mapping[str, Tensor]) -> None:
+    """Writes the numbers of a step. What is not finite ends the run before it could be saved."""
     numbers = {name: value.item() for name, value in log.items()}
-    if numbers["loss"] != numbers["loss"] or numbers["loss"] in (float("inf"), float("-inf")):
-        raise RunFailed(_not_finite(session, done, numbers["loss"]))
+    for name in ("loss",) if "scale" in log else ("loss", "gradient"):
+        if not math.isfinite(numbers[name]):
+            why = f"the {name} is {numbers[name]} at step {done}"
+            raise RunFailed(_stopped(session, why, SLOWER))
     for name, value in numbers.items():
         board.add_scalar(name, value, done)
     rate = bar.format_dict["rate"] or 0.0
     bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {rate * session.data['batch']:.0f} img/s")
 
 
-def _not_finite(session: Session, done: int, loss: float) -> str:
-    kept = state.newest(session.folder)
-    saved = f"the last checkpoint is {kept}" if kept else "no checkpoint had been written"
-    return f"the loss is {loss} at step {done}, so the run stops: {saved}; try a smaller learning rate"
-
-
-def _at_intervals(session: Session, done: int) -> None:
-    last = done == session.steps
-    if last or (session.train["save_every"] and done % session.train["save_every"] == 0):
-        save(session, done)
-    if not last and session.train["sample_every"] and done % session.train["sample_every"] == 0:
-        grid(session, done)
-
-
 def save(session: Session, done: int) -> Path:
     """A checkpoint of this step; older ones than `keep` go."""
     path = session.folder / "checkpoints" / f"step-{done:09d}.safetensors"
-    facts = {**{k: session.bundle.manifest[k] for k in ("name", "spec", "graph")}, "step": str(done)}
+    facts = {k: session.bundle.manifest[k] for k in ("name", "spec", "graph")}
+    words = session.parts.text.vocabulary if session.parts.text else []
+    facts |= {"step": str(done), "vocabulary": words}
     state.save(path, session.state, session.parts.plan, facts)
     state.forget(session.folder, session.train["keep"])
     return path
@@ -270,53 +270,37 @@ def save(session: Session, done: int) -> Path:
 
 def prompts(session: Session) -> list[str]:
     """What is drawn: the declared prompts, or captions that training has not seen."""
+    count, source = session.sample["count"], session.unseen or session.prepared
     declared = list(session.sample["prompts"])
-    source = session.unseen or session.prepared
-    captions = [record.caption for record in source.pictures.records]
-    spread = captions[:: max(1, len(captions) // session.sample["count"])]
-    return (declared or spread)[: session.sample["count"]]
+    return declared[:count] or samples.captions(source.pictures, count)
 
 
 def grid(session: Session, done: int) -> Path:
     """A grid of samples from the averaged weights."""
-    texts = prompts(session)
-    images = evaluate.sample(
-        session.bundle, session.programs, session.parts, session.state["average"], session.sample,
-        texts, session.data["size"],
-    )  # fmt: skip
+    model = samples.Model(
+        session.bundle, session.programs, session.parts, session.state["average"], done
+    )
     path = session.folder / "samples" / f"step-{done:09d}.png"
-    path.parent.mkdir(exist_ok=True)
-    columns = min(8, max(1, round(len(texts) ** 0.5)))
-    grid_png(path, images, columns, texts, _settings(session, done))
-    return path
-
-
-def _settings(session: Session, done: int) -> dict[str, object]:
-    solver = session.sample["solver"]
-    return {
-        "spec": session.bundle.manifest["spec"],
-        "step": done,
-        "solver": f"{solver.module} {dict(solver.options)}",
-        "guidance": session.sample["guidance"],
-        "seed": session.sample["seed"],
-    }
+    return samples.draw(model, session.sample, session.data["size"], prompts(session), path)
 
 
 def finish(session: Session) -> None:
     """The last grid, the losses on unseen pictures, and where everything lies."""
-    done = int(session.state["turn"])
-    path = grid(session, done)
-    if session.unseen is not None:
-        tokens = session.unseen.tokens
-        captions = [r.caption for r in session.unseen.pictures.records]
-        ids = tokens(captions) if tokens else None
-        result = evaluate.validate(
-            session.programs, session.parts, session.state["average"], session.unseen.latents, ids
-        )
-        say(str(result))
-        (session.folder / "validation.json").write_text(json.dumps(vars(result), indent=2) + "\n")
+    path = grid(session, session.done)
+    if session.unseen is None:
+        say("no losses on unseen pictures: the data have no held-out split to validate on")
+    else:
+        _validate(session, session.unseen)
     last = session.folder / "samples.png"
     shutil.copyfile(path, last)
     say(f"{time.perf_counter() - session.started:.0f} s in all; look at {last}")
 
 
+def _validate(session: Session, unseen: Prepared) -> None:
+    captions = [record.caption for record in unseen.pictures.records]
+    ids = unseen.tokens(captions) if unseen.tokens else None
+    average = session.state["average"]
+    result = evaluate.validate(session.programs, session.parts, average, unseen.latents, ids)
+    say(str(result))
+    written = json.dumps(vars(result), indent=2) + "\n"
+    (session.folder / "validation.json").write_text(written, encoding="utf-8")

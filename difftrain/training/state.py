@@ -1,10 +1,11 @@
-"""The state of a run: one flat buffer each for weights, moments and average, and its checkpoints."""
+"""The state of a run, one flat buffer each for weights, moments and average; its checkpoints."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -38,7 +39,12 @@ def fresh(weights: Tensor, seed: int, steps: int) -> dict[str, Tensor]:
     return state | {n: torch.zeros((), dtype=torch.int64, device=device) for n in COUNTERS}
 
 
-def save(path: Path, state: Mapping[str, Tensor], plan: Layout, facts: Mapping[str, object]) -> None:
+# ---- writing
+
+
+def save(
+    path: Path, state: Mapping[str, Tensor], plan: Layout, facts: Mapping[str, object]
+) -> None:
     """Writes a checkpoint under the modules' names; it appears whole or not at all."""
     tensors = {
         f"{buffer}/{name}": value.cpu().contiguous()
@@ -48,16 +54,58 @@ def save(path: Path, state: Mapping[str, Tensor], plan: Layout, facts: Mapping[s
     tensors |= {n: state[n].cpu() for n in (*COUNTERS, "scale", "seed")}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()})
+    save_file(
+        tensors, partial, {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
+    )
     os.replace(partial, path)
+
+
+def forget(folder: Path, keep: int) -> None:
+    """Removes all but the newest checkpoints."""
+    for old in _all(folder)[:-keep]:
+        old.unlink()
+
+
+# ---- reading
+
+
+def newest(folder: Path) -> Path | None:
+    """The last checkpoint of a run folder, if it has one."""
+    return next(reversed(_all(folder)), None)
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoints/*.safetensors"), key=lambda p: p.stem)
+
+
+def facts(path: Path, graph_hash: str) -> dict[str, str]:
+    """What a checkpoint of this graph says of itself. Raises CheckpointError."""
+    with _opened(path, graph_hash) as file:
+        return file.metadata()
 
 
 def load(path: Path, state: dict[str, Tensor], plan: Layout, graph_hash: str) -> None:
     """Fills the state from a checkpoint of the same graph. Raises CheckpointError."""
+    with _opened(path, graph_hash) as file:
+        for buffer in BUFFERS:
+            _fill(file, buffer, state[buffer], plan)
+        for name in (*COUNTERS, "scale", "seed"):
+            state[name].copy_(file.get_tensor(name))
+
+
+def load_average(path: Path, weights: Tensor, plan: Layout, graph_hash: str) -> None:
+    """Fills weights [P] with the averaged ones of a checkpoint. Raises CheckpointError."""
+    with _opened(path, graph_hash) as file:
+        _fill(file, "average", weights, plan)
+
+
+@contextmanager
+def _opened(path: Path, graph_hash: str) -> Iterator[safe_open]:
+    """A checkpoint of this graph, open; whatever is wrong with it is a CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            _same_graph(path, (file.metadata() or {}).get("graph", "unknown"), graph_hash)
+            yield file
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint `{path}`: give a file, or `auto`") from None
     except (SafetensorError, OSError) as problem:
@@ -65,28 +113,25 @@ def load(path: Path, state: dict[str, Tensor], plan: Layout, graph_hash: str) ->
             f"the checkpoint `{path}` cannot be read ({problem}): it was cut short or is no"
             " checkpoint; resume from an older one"
         ) from None
-    if facts.get("graph") != graph_hash:
+    except ValueError as problem:
         raise CheckpointError(
-            f"the checkpoint `{path}` belongs to another objective (graph {facts.get('graph', 'unknown')},"
-            f" and this spec is {graph_hash}): resume with the spec it was made with"
+            f"the checkpoint `{path}` does not fit this spec: {problem}"
+        ) from None
+
+
+def _same_graph(path: Path, theirs: str, ours: str) -> None:
+    if theirs != ours:
+        raise CheckpointError(
+            f"the checkpoint `{path}` belongs to another objective (graph {theirs}, and this spec"
+            f" is {ours}): resume with the spec it was made with"
         )
-    try:
-        for buffer in BUFFERS:
-            part = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{buffer}/")}
-            plan.load(state[buffer], part)
-        for name in (*COUNTERS, "scale", "seed"):
-            state[name].copy_(tensors[name])
-    except (KeyError, ValueError) as problem:
-        raise CheckpointError(f"the checkpoint `{path}` does not fit this spec: {problem}") from None
 
 
-def newest(folder: Path) -> Path | None:
-    """The last checkpoint of a run folder, if it has one."""
-    found = sorted(folder.glob("checkpoints/*.safetensors"), key=lambda p: p.stem)
-    return found[-1] if found else None
-
-
-def forget(folder: Path, keep: int) -> None:
-    """Removes all but the newest checkpoints."""
-    for old in sorted(folder.glob("checkpoints/*.safetensors"), key=lambda p: p.stem)[:-keep]:
-        old.unlink()
+def _fill(file: safe_open, buffer: str, flat: Tensor, plan: Layout) -> None:
+    """Reads one buffer [P]. Raises ValueError for a weight that is missing or of another shape."""
+    start = f"{buffer}/"
+    held = {n.removeprefix(start) for n in list(file.keys()) if n.startswith(start)}
+    lost = next((slot.key for slot in plan.slots if slot.key not in held), None)
+    if lost:
+        raise ValueError(f"it has no `{lost}`")
+    plan.load(flat, {slot.key: file.get_tensor(start + slot.key) for slot in plan.slots})

@@ -1,0 +1,107 @@
+"""Run folders: where a run writes, and the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from difftrain.compiler.texts import MANIFEST, read
+from difftrain.training.bundle import Bundle, open_bundle
+from difftrain.training.state import CheckpointError, newest
+
+HOME = Path("runs")
+
+
+class FolderError(Exception):
+    """A folder that cannot be used as asked; the message says which one and what to do."""
+
+
+def place(bundle: Bundle, resume: str, out: str | None) -> tuple[Path, Path | None]:
+    """The folder of a run, and the checkpoint to go on from; `resume` is "", "auto" or a path.
+
+    A new run never gets a folder that holds something. Raises FolderError and CheckpointError.
+    """
+    checkpoint = None
+    if resume == "auto":
+        folder = Path(out) if out else _last(bundle.name)
+        checkpoint = newest(folder)
+    elif resume:
+        checkpoint = checkpoint_at(Path(resume))
+        folder = Path(out) if out else run_of(checkpoint) or _free(bundle.name)
+    else:
+        folder = Path(out) if out else _free(bundle.name)
+    ours = _holds(folder, checkpoint) or (resume == "auto" and _belongs(folder, bundle))
+    if _taken(folder) and not ours:
+        raise FolderError(
+            f"`{folder}` is there already, and a new run never writes over an old one: give another"
+            " folder, or go on with `--resume auto`"
+        )
+    return folder, checkpoint
+
+
+def _taken(folder: Path) -> bool:
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _holds(folder: Path, checkpoint: Path | None) -> bool:
+    home = checkpoint and run_of(checkpoint)
+    return home is not None and home.resolve() == folder.resolve()
+
+
+def _belongs(folder: Path, bundle: Bundle) -> bool:
+    """Whether a run of this objective began here, perhaps without reaching a checkpoint."""
+    manifest = folder / MANIFEST
+    return (
+        manifest.is_file() and json.loads(manifest.read_text())["graph"] == bundle.manifest["graph"]
+    )
+
+
+def _runs(name: str) -> list[Path]:
+    found = HOME.iterdir() if HOME.is_dir() else ()
+    return [p for p in found if re.fullmatch(rf"{re.escape(name)}(-\d+)?", p.name)]
+
+
+def _free(name: str) -> Path:
+    taken = {p.name for p in _runs(name)}
+    number = 1
+    while (title := name if number == 1 else f"{name}-{number}") in taken:
+        number += 1
+    return HOME / title
+
+
+def _last(name: str) -> Path:
+    """The folder of that name with the newest checkpoint, or the next free one."""
+    found = {p: kept.stat().st_mtime for p in _runs(name) if (kept := newest(p))}
+    return max(found, key=found.get, default=_free(name))
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest of a run folder."""
+    if not path.is_dir():
+        return path
+    checkpoint = newest(path)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"the folder `{path}` has no checkpoint: give one in which training saved some"
+        )
+    return checkpoint
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
+def open_run(path: str) -> tuple[Bundle, Path]:
+    """The bundle and the checkpoint that a run folder, or a checkpoint in one, stands for."""
+    if not Path(path).exists():
+        raise FolderError(f"there is no run `{path}`: give a folder that training wrote")
+    checkpoint = checkpoint_at(Path(path))
+    folder = run_of(checkpoint)
+    if folder is None or not (folder / MANIFEST).is_file():
+        raise FolderError(
+            f"`{path}` is not in the folder of a run: give a folder that training wrote, or a"
+            " checkpoint in it"
+        )
+    return open_bundle(read(folder)), checkpoint
