@@ -134,10 +134,6 @@ ALLOWED = {
     "models/pretrained.py": ({"epsilon", "v_prediction", "ddpm"}, "foreign scheduler files"),
     "models/tokenizer.py": ({"ve"}, "the ending of `we've`"),
     "language/values.py": ({"epsilon", "v_prediction", "ddpm"}, "what a foreign name means here"),
-    "language/settings.py": ({"dream"}, "an example in a docstring"),
-    "language/scope.py": ({"dream"}, "an example in a docstring"),
-    "compiler/emit.py": ({"offset_noise"}, "an example in a docstring"),
-    "graph/cancel.py": ({"epsilon"}, "an example in a docstring"),
 }
 
 

@@ -174,7 +174,7 @@ class Writer:
         return base, base not in self.plain
 
     def _local(self, name: str) -> str:
-        """`level` of `offset_noise.level`, where that is clear."""
+        """`level` of `blur.level`, where that is clear."""
         last = name.rpartition(".")[2]
         return last if self.last[last] <= 1 else re.sub(r"\W", "_", name)
 

@@ -12,7 +12,7 @@ from difftrain.answer import unwrap
 from difftrain.compiler.draws import Draws
 from difftrain.compiler.program import Program, compile_quantities
 from difftrain.graph.build import BEFORE
-from difftrain.language.derive import INPUTS, Problem
+from difftrain.language.derive import INPUTS
 from difftrain.language.finding import Finding, Label, SpecError
 from difftrain.language.nearest import nearest
 from difftrain.language.numbers import value
@@ -20,6 +20,7 @@ from difftrain.language.scheduler import with_scheduler
 from difftrain.language.scope import DERIVED
 from difftrain.language.spec import Objective as Declared
 from difftrain.language.term import Term, walk
+from difftrain.language.worlds import Problem
 
 OPTIONAL = ("cond", "null")  # inputs that may be left out: no condition
 HALF = (torch.float16, torch.bfloat16)

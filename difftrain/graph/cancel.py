@@ -3,7 +3,7 @@
 A weight is stated by the residual it multiplies. Where that residual is a multiple c of
 `pred - target`, which is proved on the coefficients of every field in both, `mean(residual^2)`
 becomes `c^2 * mean((pred - target)^2)` and c^2 is multiplied into the weight, so min(snr, g) on an
-x0 residual is min(snr, g) / snr on epsilon, and 0 / 0 at an end of the process never arises.
+x0 residual is min(snr, g) / snr where noise is predicted, and 0 / 0 at an end never arises.
 Estimates lose divisions the same way: `x0_hat` of a prediction that is x0 is that prediction.
 """
 

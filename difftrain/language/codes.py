@@ -225,11 +225,39 @@ DIF310 guidance without an empty condition
     note.
 DIF311 an average that does not average
     The decay of the averaged weights is between 0 and 1: outside, the average runs away.
+DIF312 a solver that finds nothing to read
+    Every solver reads some estimates: `euler` follows `flow_hat`, which a process on a table of
+    steps does not have; `ddim` reads `x0_hat` and `eps_hat`, which every process has.
+DIF313 times that a network cannot tell apart
+    An SD-style network embeds an index from 0 to about 1000 in sines and cosines. Times between
+    0 and 1 all look alike to it until they are multiplied.
 DIF320 a missing block of options
     Training reads `data` and `train`, sampling reads `sample`.
 DIF401 a scheduler that cannot be adopted
     A process that is read from a scheduler_config.json needs a schedule that the language can
     write. The path is looked for beside the spec, then as it is given.
+DIF402 a pretrained folder that cannot be compared
+    What a pretrained folder says of itself is read when a spec is compiled and held against the
+    spec. A file that is not there says nothing; a file that cannot be understood is told.
+DIF403 another process than the pretrained network's
+    A pretrained network knows the noise levels of its own process. Fine-tuning on another one
+    works, but should be meant.
+DIF404 another prediction type than the pretrained network's
+    A pretrained network returns what it was trained to return. Fine-tuning it to return
+    something else works, but starts from a wrong answer and should be meant.
+DIF405 another shift of times than the pretrained network's
+    On the straight path a shift by k moves the median of t to odds of k, so that larger
+    pictures get more of the noisy times.
+DIF406 times in another range than the pretrained network's
+    A network's time embedding is fed numbers of the size that it was trained with, such as 0 to
+    1000; `time_scale` multiplies t before it is fed.
+DIF407 latents of another shape than the pretrained network's
+    The codec makes as many channels as the network takes.
+DIF408 latents of another scale than the pretrained network's
+    Latents are shifted and scaled to a standard deviation of about 1, by numbers that belong to
+    the codec that the network was trained with.
+DIF409 text of another width than the pretrained network's
+    The text encoder gives tokens of the width that the network attends to.
 """
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from difftrain.language.finding import Finding, Label
-from difftrain.language.nearest import nearest
 from difftrain.language.names import Definition, Names
+from difftrain.language.nearest import nearest
 from difftrain.language.tree import (
     Argument,
     Block,
@@ -61,7 +61,7 @@ class Equation:
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """A block put to use: `dream(p = 1)` in a slot."""
+    """A block put to use: `name(p = 1)` in a slot."""
 
     definition: Definition
     label: str

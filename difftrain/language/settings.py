@@ -7,7 +7,7 @@ A setting names one place by the words that the spec itself uses:
     train.optimizer.lr       an argument of what an option holds, as deep as it goes
     process                  a slot of the objective
     process.steps            an argument of what a slot holds
-    dream.p                  an argument of a strategy in the list
+    blur.p                   an argument of a strategy in the list
     align                    an equation or a draw of the objective
     sd15.process.steps       the same, where a file has several objectives
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from difftrain.language.adopt import adopted
-from difftrain.language.derive import Derivation, Problem
+from difftrain.language.derive import Derivation
 from difftrain.language.finding import Finding, Fix, Label, SpecError
 from difftrain.language.names import RUN_KINDS, Names, collect, is_library, standard
 from difftrain.language.nearest import nearest
@@ -38,6 +38,7 @@ from difftrain.language.tree import (
     Tree,
 )
 from difftrain.language.values import read_part, use_of
+from difftrain.language.worlds import Problem
 
 SLOTS = {"process": "process", "prediction_type": "prediction", "strategy": "strategy"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from difftrain.language.derive import HERE, Derivation, Frame, Problem
+from difftrain.language.derive import Derivation
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Names
 from difftrain.language.nearest import nearest
@@ -21,6 +21,7 @@ from difftrain.language.tree import (
     Quantity,
     Text,
 )
+from difftrain.language.worlds import HERE, Frame, Problem
 
 PART_KINDS = ("backbone", "encoder", "codec", "source", "optimizer", "solver")
 
@@ -79,7 +80,7 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
     for node in definition.node.body:
         if isinstance(node, Define) and node.name == "module":
             module = node.value.dotted
-        elif isinstance(node, Define):
+        elif isinstance(node, Define) and node.name != "reads":  # quantities: a rule looks at them
             local = Scope(use.label, definition.home, {n: n for n in options})
             options[node.name] = read_value(node.value, local, equations, found, (), uses)
     return Part(definition.kind, module, options)

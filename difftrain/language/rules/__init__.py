@@ -22,6 +22,8 @@ RULES = (
     loss.thrown_away,
     weights.wrong_residual,
     run.guidance,
+    run.solver,
+    run.time_scale,
     inert.strategies,
     inert.arguments,
     inert.equations,

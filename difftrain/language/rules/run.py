@@ -58,6 +58,53 @@ def guidance(case: Case, found: list[Finding]) -> None:
     )
 
 
+def solver(case: Case, found: list[Finding]) -> None:
+    """A solver finds every quantity that it reads."""
+    run = case.spec.runs.get("sample")
+    part = run.values.get("solver") if run else None
+    if part is None or case.term("loss") is None:
+        return
+    definition = case.spec.names.find("solver", (part.module,))
+    reads = next((s.value for s in definition.node.body if s.name == "reads"), None)
+    for item in reads.items if reads else ():
+        if case.term(item.dotted) is None:
+            found.append(_no_solver(case, run, part.module, item.dotted))
+            return
+
+
+def _no_solver(case: Case, run, name: str, quantity: str) -> Finding:
+    process = case.slot("process")
+    title = process.definition.name if process else "the process"
+    at = run.written.get("solver", run.span)
+    return Finding(
+        "DIF312",
+        f"`{name}` cannot sample `{title}`",
+        Label(at),
+        (Label(process.call.span, "the process"),) if process else (),
+        because=f"it reads `{quantity}`, which has no value here",
+        help="choose another solver, such as `ddim`",
+    )
+
+
+def time_scale(case: Case, found: list[Finding]) -> None:
+    """A network that embeds an index is not fed times between 0 and 1 as they are."""
+    backbone = case.objective.backbone
+    scale = backbone.part.options.get("time_scale") if backbone else None
+    seen = case.times.values
+    if scale != 1 or not seen or max(seen) > 1:
+        return
+    found.append(
+        Finding(
+            "DIF313",
+            "the network tells an index from its neighbour, and here t stays below 1",
+            Label(backbone.uses[0].call.span),
+            because=f"t runs from {shown(min(seen))} to {shown(max(seen))}, one step of an index",
+            help="add `time_scale = 1000` to its arguments",
+            severity="warning",
+        )
+    )
+
+
 def _redefining(quantity: str, names: Names) -> str:
     """The library's strategy for redefining a quantity."""
     for definition in names.definitions("strategy"):
