@@ -11,6 +11,7 @@ from difftrain.language.codes import CODES, split_examples
 from difftrain.language.finding import SpecError
 from difftrain.language.render import in_order, render
 from difftrain.language.tree import Source
+from difftrain.training.pretrained import disagreements
 
 HERE = Path(__file__).parent
 FILES = sorted((HERE / "rules").glob("*.diff"))
@@ -23,6 +24,7 @@ def findings(text: str, options: str = "") -> list:
     settings = dict(v.split("=", 1) for k, v in given if k == "--set")
     spec, found = check(Source("spec.diff", text), settings)
     found = [*found, *need(spec, words[0] if words else "")]
+    found += disagreements(spec) if words[:1] == ["compile"] else []
     for option, name in given:
         if option == "--objective":
             try:

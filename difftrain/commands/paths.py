@@ -8,8 +8,10 @@ from pathlib import Path
 from difftrain.commands.console import complain
 from difftrain.commands.failure import USAGE, Failure
 from difftrain.language.check import check, need
-from difftrain.language.finding import SpecError
+from difftrain.language.finding import Finding, SpecError
 from difftrain.language.spec import Spec, read_text
+
+RUNS = ("compile", "train")  # they load what the spec names, so pretrained folders are read
 
 
 def specs(paths: Sequence[str]) -> list[str]:
@@ -29,7 +31,10 @@ def _below(path: str) -> list[str]:
 
 
 def _hidden(file: Path, root: str) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+    """Whether a file is in a hidden folder, or in one that training wrote."""
+    inside = file.relative_to(root)
+    written = any((Path(root) / folder / "manifest.json").is_file() for folder in inside.parents)
+    return written or any(part.startswith(".") for part in inside.parts)
 
 
 def one_spec(path: str) -> str:
@@ -56,8 +61,16 @@ def read(path: str, changes: dict[str, str], command: str = "") -> Spec:
     """The checked spec of a file, with every block that the command needs; what is only doubtful is
     told. Raises SpecError."""
     spec, found = check(read_text(path), changes)
-    missing = need(spec, command)
-    if missing or any(f.severity == "error" for f in found):
-        raise SpecError([*found, *missing])
+    found = [*found, *need(spec, command)]
+    if command in RUNS and not _wrong(found):
+        from difftrain.training.pretrained import disagreements
+
+        found += disagreements(spec)
+    if _wrong(found):
+        raise SpecError(found)
     complain(found)
     return spec
+
+
+def _wrong(found: list[Finding]) -> bool:
+    return any(f.severity == "error" for f in found)

@@ -248,15 +248,12 @@ DIF404 another prediction type than the pretrained network's
 DIF405 another shift of times than the pretrained network's
     On the straight path a shift by k moves the median of t to odds of k, so that larger
     pictures get more of the noisy times.
-DIF406 times in another range than the pretrained network's
-    A network's time embedding is fed numbers of the size that it was trained with, such as 0 to
-    1000; `time_scale` multiplies t before it is fed.
-DIF407 latents of another shape than the pretrained network's
+DIF406 latents of another shape than the pretrained network's
     The codec makes as many channels as the network takes.
-DIF408 latents of another scale than the pretrained network's
+DIF407 latents of another scale than the pretrained network's
     Latents are shifted and scaled to a standard deviation of about 1, by numbers that belong to
     the codec that the network was trained with.
-DIF409 text of another width than the pretrained network's
+DIF408 text of another width than the pretrained network's
     The text encoder gives tokens of the width that the network attends to.
 """
 

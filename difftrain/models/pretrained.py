@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from importlib.resources import files as resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from difftrain.language.adopt import NotAdopted, described
@@ -53,30 +54,23 @@ def facts(weights: str | Path, files: Iterable[str] = ("scheduler", "unet", "vae
 
 
 def config(weights: str | Path, file: str) -> dict:
-    """One of the configurations in FILES; where a module was saved alone, the folder's own.
+    """One of the configurations in FILES. Raises Absent, or PartError for what cannot be read."""
+    found = _parsed(located(weights, file), weights, FILES[file])
+    saved = found.get("_class_name")
+    if saved != CLASSES.get(file, saved) and saved is not None:
+        raise Absent(f"`{weights}` holds `{saved}`: give a folder with `{CLASSES[file]}`")
+    return found
 
-    Raises Absent, or PartError for what cannot be read.
-    """
+
+def located(weights: str | Path, file: str) -> Path | Traversable:
+    """Where one of FILES is: where a module was saved alone, in the folder itself."""
     if file == "vae" and weights in SHIPPED:
-        at = resources("difftrain.models").joinpath(str(weights), "config.json")
-        return json.loads(at.read_text(encoding="utf-8"))
-    try:
-        return read_json(weights, FILES[file])
-    except Absent:
-        found = _alone(weights, file)
-        if found is None:
-            raise
-        return found
-
-
-def _alone(weights: str | Path, file: str) -> dict | None:
-    """The configuration in the folder itself, if it is of the module that is asked for."""
-    name = FILES[file].rpartition("/")[2]
-    if is_hub_name(weights) or not (folder(weights) / name).is_file():
-        return None
-    found = read_json(weights, name)
-    expected = CLASSES.get(file)
-    return found if found.get("_class_name", expected) == expected or not expected else None
+        return resources("difftrain.models").joinpath(str(weights), "config.json")
+    if is_hub_name(weights):
+        return _fetched(str(weights), FILES[file])
+    whole = folder(weights) / FILES[file]
+    alone = folder(weights) / whole.name
+    return alone if alone.is_file() and not whole.is_file() else whole
 
 
 def _scheduler(config: dict) -> dict:
@@ -144,7 +138,11 @@ def folder(weights: str | Path) -> Path:
 
 def read_json(weights: str | Path, name: str) -> dict:
     """The object in one configuration file of a pretrained folder or hub name."""
-    path = _fetched(str(weights), name) if is_hub_name(weights) else folder(weights) / name
+    hub = is_hub_name(weights)
+    return _parsed(_fetched(str(weights), name) if hub else folder(weights) / name, weights, name)
+
+
+def _parsed(path: Path | Traversable, weights: str | Path, name: str) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
