@@ -14,6 +14,9 @@ from difftrain.language.spec import Spec, read_text
 RUNS = ("compile", "train")  # they load what the spec names, so pretrained folders are read
 
 
+WRITTEN = ("manifest.json", "step.py")  # what a run's folder holds beside its spec
+
+
 def specs(paths: Sequence[str]) -> list[str]:
     """The `.diff` files that the arguments mean: files as they are, folders with all below them."""
     files = [file for path in paths or ["."] for file in _below(path)]
@@ -33,7 +36,8 @@ def _below(path: str) -> list[str]:
 def _hidden(file: Path, root: str) -> bool:
     """Whether a file is in a hidden folder, or in one that training wrote."""
     inside = file.relative_to(root)
-    written = any((Path(root) / folder / "manifest.json").is_file() for folder in inside.parents)
+    folders = [Path(root) / folder for folder in inside.parents if folder.parts]
+    written = any(all((at / name).is_file() for name in WRITTEN) for at in folders)
     return written or any(part.startswith(".") for part in inside.parts)
 
 

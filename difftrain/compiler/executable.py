@@ -16,7 +16,6 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from difftrain.language.lexing import tables
 from difftrain.shipped import folder
 
 SHEBANG = b"#!/usr/bin/env python3\n"
@@ -70,16 +69,13 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
 
 
 def runtime() -> dict[str, bytes]:
-    """The package's files by their places in the zip: code, grammar and its tables, the library,
-    pictures, the codec's weights."""
+    """The package's files by their places in the zip: code, grammar, library, pictures, codec."""
     places = {
         "difftrain": files("difftrain"),
         "difftrain/grammars": folder("grammars"),
         "difftrain/specs": folder("specs"),
     }
-    found = {n: item.read_bytes() for at, root in places.items() for n, item in _walk(root, at)}
-    grammar = found["difftrain/grammars/diff.lark"].decode()
-    return found | {"difftrain/grammars/diff.json": tables(grammar).encode()}
+    return {n: item.read_bytes() for at, root in places.items() for n, item in _walk(root, at)}
 
 
 def _walk(root: Traversable, where: str) -> Iterator[tuple[str, Traversable]]:

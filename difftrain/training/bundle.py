@@ -27,6 +27,7 @@ from difftrain.compiler.texts import (
 )
 from difftrain.graph.build import build
 from difftrain.graph.passes import run as run_passes
+from difftrain.language.adopt import written_out
 from difftrain.language.format import format_text
 from difftrain.language.numbers import draws, points, values
 from difftrain.language.options import Run, defaults
@@ -69,17 +70,20 @@ class Bundle:
         """An emitted source, loaded."""
         return load(self.texts[file], file.removesuffix(".py"))
 
-    def read(self, settings: Mapping[str, str] | None = None) -> Spec:
-        """The spec, with settings that leave the emitted step as it is. Raises SpecError and
-        SettingError."""
+    def read(self, settings: Mapping[str, str] | None = None, kinds=tuple(RUNTIME)) -> Spec:
+        """The spec, with settings that leave the emitted step as it is, of the blocks that are
+        read. Raises SpecError and SettingError."""
         spec = read_spec(self.texts, settings)
         for path, value in (settings or {}).items():
-            kind, *option = path.split(".")
-            if not option or option[0] not in RUNTIME.get(kind, ()):
+            kind, option = [*path.split("."), ""][:2]
+            if option not in RUNTIME.get(kind, ()):
                 raise SettingError(
                     f"`{path}` is part of the compiled step: compile the spec again with"
                     f" `--set {path}={value}`"
                 )
+            if kind not in kinds:
+                named = " or ".join(f"`{k}`" for k in kinds)
+                raise SettingError(f"`{path}` is not read here: set an option of {named}")
         return spec
 
     def saying(self, more: Mapping[str, object]) -> Bundle:
@@ -111,7 +115,7 @@ def compile_source(source: Source, settings: Mapping[str, str] | None = None) ->
     estimates = run_passes(build(objective, ESTIMATES, fixed=("xt", "t")))
     levels = run_passes(build(objective, LEVELS, fixed=("t",)))
     texts = {
-        SPEC: format_text(source),
+        SPEC: format_text(written_out(source)),
         **imported(spec.names, Path(source.path).parent),
         "step.py": step.source,
         "estimates.py": emit(estimates, f"What `{objective.name}` estimates from xt at t."),

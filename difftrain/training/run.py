@@ -121,6 +121,8 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     seen, unseen = pictures(options["data"], "train", data), held_out(options["data"], data)
     words = json.loads(facts["vocabulary"]) if facts else _vocabulary(objective, seen, unseen)
     parts = build_parts(objective, words, train["seed"], device)
+    if parts.text is not None:
+        parts.text.ids(options["sample"]["prompts"])  # unknown words are told now, not at the end
     cache = folder.parent / ".latents"
     prepared = encoded(seen, parts, size, cache, device, say)
     other = encoded(unseen, parts, size, cache, device, say) if unseen else None
@@ -270,9 +272,8 @@ def save(session: Session, done: int) -> Path:
 
 def prompts(session: Session) -> list[str]:
     """What is drawn: the declared prompts, or captions that training has not seen."""
-    count, source = session.sample["count"], session.unseen or session.prepared
-    declared = list(session.sample["prompts"])
-    return declared[:count] or samples.captions(source.pictures, count)
+    source = (session.unseen or session.prepared).pictures
+    return samples.declared(session.sample) or samples.captions(source, session.sample["count"])
 
 
 def grid(session: Session, done: int) -> Path:

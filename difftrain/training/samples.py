@@ -44,13 +44,12 @@ def sample(
 ) -> Path:
     """The grid drawn from the averaged weights of a run, or of a checkpoint in it."""
     bundle, checkpoint = open_run(run)
-    spec = bundle.read(settings)
+    spec = bundle.read(settings, ("sample", "data"))
     options, data = block(spec, "sample"), block(spec, "data")
     fits(bundle, options["solver"])
     model = _open(bundle, spec.objective(), checkpoint)
-    declared = list(prompts) or list(options["prompts"])
-    number = count or (len(declared) if prompts else options["count"])
-    texts = list(islice(cycle(declared or _captions(data, number)), number))
+    texts = list(prompts) or declared(options) or _captions(data, count or options["count"])
+    texts = list(islice(cycle(texts), count)) if count else texts
     return draw(model, options, data["size"], texts, Path(out or f"{bundle.name}.png"))
 
 
@@ -62,6 +61,11 @@ def _open(bundle: Bundle, objective, checkpoint: Path) -> Model:
     state.load_average(checkpoint, parts.weights, parts.plan, graph)
     programs = evaluate.programs(bundle, device)
     return Model(bundle, programs, parts, parts.weights, int(facts["step"]))
+
+
+def declared(options: Run) -> list[str]:
+    """The prompts that a spec lists, as many as it wants drawn."""
+    return list(options["prompts"])[: options["count"]]
 
 
 def _captions(data: Run, count: int) -> list[str]:
