@@ -1,0 +1,231 @@
+"""The pages of docs and the README: their examples run, and their tables are the library's."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from difftrain.cli import COMMANDS
+from difftrain.language.check import check
+from difftrain.language.codes import CODES
+from difftrain.language.format import format_text
+from difftrain.language.names import Names, standard
+from difftrain.language.operations import LAWS, OPERATIONS
+from difftrain.language.render import render
+from difftrain.language.tree import Block, Define, Draw, Source
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/language.md", "docs/objectives.md", "docs/house.md")
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SLOTS = {"process": "linear", "prediction_type": "flow", "backbone": "custom"}
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, *kinds: str) -> list[str]:
+    """The fenced blocks of these kinds."""
+    return [text for kind, text in BLOCK.findall(page(name)) if kind in kinds]
+
+
+def tables(name: str) -> Iterator[tuple[str, list[list[str]]]]:
+    """(the first cell of the head, the rows) of every table of a page."""
+    for table in re.findall(r"(?:^\|.*\|\n)+", page(name), re.MULTILINE):
+        head, _, *rows = [cells(line) for line in table.splitlines()]
+        yield head[0], rows
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def table(name: str, head: str) -> list[list[str]]:
+    (rows,) = [rows for title, rows in tables(name) if title == head]
+    return rows
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+# ---- examples
+
+
+def whole(text: str) -> bool:
+    return text.startswith("diff 1\n")
+
+
+def specs() -> list[str]:
+    """Every whole spec on the pages, and every part in a spec around it."""
+    found = [text for name in PAGES for text in blocks(name, "diff", "") if whole(text)]
+    for text in (t for name in PAGES for t in blocks(name, "diff-part")):
+        slots = [f"{k} = {v}" for k, v in SLOTS.items() if f"{k} " not in text]
+        found.append("diff 1\nobjective o {\n" + "\n".join([*slots, text]) + "}\n")
+    for text in (t for name in PAGES for t in blocks(name, "diff-part run")):
+        slots = "\n".join(f"{k} = {v}" for k, v in SLOTS.items())
+        found.append(f"diff 1\nobjective o {{\n{slots}\n}}\n{text}")
+    return found
+
+
+@pytest.mark.parametrize("text", specs())
+def test_examples_are_clean(text):
+    _, found = check(Source("example.diff", text))
+    assert not found, render(found)
+
+
+@pytest.mark.parametrize("text", [t for n in PAGES for t in blocks(n, "diff", "") if whole(t)])
+def test_examples_are_in_the_one_layout(text):
+    assert format_text(Source("example.diff", text)) == text
+
+
+SPEC = """diff 1
+param gamma in 1..20 = 5
+objective o {
+  process         = ddpm
+  prediction_type = v_prediction
+  strategy        = [min_snr(gamma), dream]
+  backbone        = custom
+}
+"""
+
+
+@pytest.mark.parametrize("name", [n for n in PAGES if blocks(n, "python")])
+def test_python_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("spec.diff").write_text(SPEC)
+    given = {"x0": torch.randn(2, 3, 4, 4), "eps": torch.randn(2, 3, 4, 4), "cond": None}
+    given |= {"t": torch.tensor([3, 900]), "network": lambda x, t, cond=None: x}
+    for text in blocks(name, "python"):
+        exec(text, given)
+    assert given["objective"](given["x0"]).shape == (2,)
+
+
+def test_the_error_in_the_readme_is_real():
+    (spec,) = [t for t in blocks("README.md", "") if whole(t)]
+    (told,) = [t for t in blocks("README.md", "") if t.startswith("error")]
+    _, found = check(Source("a.diff", spec.replace("v_prediction", "epsilon")))
+    assert render(found).startswith(told)
+
+
+def test_settings_are_accepted():
+    (spec,) = [t for t in blocks("docs/language.md", "diff") if "objective photos" in t]
+    extended = spec.replace("prediction_type", "clean = 1\n  loss = fit + clean\n  prediction_type")
+    for cell, *_ in table("docs/language.md", "`--set`"):
+        name, value = quoted(cell)[0].split("=")
+        _, found = check(Source("a.diff", extended), {name: value})
+        assert not [f for f in found if f.code in ("DIF150", "DIF151")], render(found)
+
+
+# ---- tables of names
+
+
+def signature(name: str, formals) -> str:
+    """A definition as a person would call it: every parameter, with its default."""
+    inside = [f.name + (f" = {f.default.span.text}" if f.default else "") for f in formals or ()]
+    return f"{name}({', '.join(inside)})" if inside else name
+
+
+def defined(kind: str, spaces: tuple[Names, ...] | None = None) -> set[str]:
+    """The signatures of everything of a kind in the library."""
+    own = [d for names in spaces or standard() for d in names.own.values()]
+    return {signature(d.name, d.node.formals) for d in own if d.kind == kind}
+
+
+KINDS = ("process", "prediction", "strategy", "function", "source", "optimizer", "solver")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tables_of_definitions(kind):
+    named = [quoted(row[0])[0] for row in table("docs/language.md", kind)]
+    assert set(named) == defined(kind) and len(named) == len(set(named))
+
+
+def test_parts():
+    spec, _ = check(Source("a.diff", "diff 1\nimport std.sd\n"))
+    space = spec.names.spaces["sd"]
+    kinds = {d.kind for d in space.own.values()}
+    listed = {f"sd.{s}" for kind in kinds for s in defined(kind, (space,))}
+    assert {quoted(row[0])[0] for row in table("docs/language.md", "sd")} == listed
+
+
+@pytest.mark.parametrize("kind", ["data", "train", "sample"])
+def test_options(kind):
+    (names,) = [n for n in standard() if ("options", kind) in n.own]
+    formals = names.own["options", kind].node.formals
+    expected = [
+        [f.name, f.domain.span.text if f.domain else "", f.default.span.text] for f in formals
+    ]
+    rows = table("docs/language.md", kind)
+    assert [[cell.strip("`") for cell in row[:3]] for row in rows] == expected
+
+
+INPUTS = {"x0", "cond", "null", "step", "student", "teacher", "row_a", "row_b"}
+OPEN = {"t", "r", "alpha", "sigma", "target"}
+
+
+def test_quantities():
+    (prelude,) = [n.own["prelude", ""].node for n in standard() if ("prelude", "") in n.own]
+    base = {s.name for s in prelude.body if isinstance(s, (Define, Draw))}
+    rows = table("docs/language.md", "name")
+    assert {n for row in rows for n in quoted(row[0])} == base | INPUTS | OPEN
+
+
+def test_operations():
+    listed = {n for row in table("docs/language.md", "operations") for n in quoted(row[1])}
+    assert listed == {name for name, row in OPERATIONS.items() if row.doc} | {"stop"}
+    for law in LAWS.values():
+        assert f"`{law.partition(':')[0]}`" in page("docs/language.md")
+
+
+def test_codes():
+    ranges = [re.findall(r"DIF\d+", row[0]) for row in table("docs/language.md", "codes")]
+    assert all(any(low <= code <= high for code in CODES) for low, high in ranges)
+    for code in CODES:
+        assert sum(low <= code <= high for low, high in ranges) == 1, code
+
+
+def test_commands():
+    rows = table("README.md", "command")
+    assert {quoted(row[0])[0].split()[1] for row in rows} == COMMANDS.keys()
+
+
+@pytest.mark.parametrize("kind", ["process", "prediction", "strategy", "function"])
+def test_every_method_has_its_source(kind):
+    text = page("docs/objectives.md")
+    names = [d.name for n in standard() for d in n.own.values() if d.kind == kind]
+    missing = [name for name in names if f"`{name}`" not in text and f"`{name}(" not in text]
+    assert not missing
+
+
+# ---- the house
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_exist(name):
+    folders = "difftrain|specs|tests|tools|grammars|docs"
+    for path in re.findall(rf"`((?:{folders})/[\w./]+)`", page(name)):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", page(name)):
+        file = (ROOT / name).parent / target if target else ROOT / name
+        assert file.exists(), target
+        heads = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+        assert not anchor or anchor in slugs, anchor
+
+
+def test_every_folder_is_described():
+    folders = {f.parent.name for f in (ROOT / "difftrain").glob("*/__init__.py")}
+    assert all(f"`difftrain/{folder}/`" in page("docs/house.md") for folder in folders)
+
+
+def test_whole_specs_are_checked():
+    """The pattern finds what it should: several whole specs, each with a block."""
+    found = [check(Source("a.diff", t))[0] for t in specs()]
+    assert len(found) > 8 and all(any(isinstance(n, Block) for n in s.tree.body) for s in found)
