@@ -41,4 +41,11 @@ def objective(spec: Spec | str | Path, network, *, name: str | None = None, modu
     return Objective(spec.objective(name), network, modules)
 
 
-__all__ = ["Finding", "Spec", "SpecError", "objective", "read"]
+def batch_loss(objective, batch, **options):
+    """The loss per sample [B] of a batch of one's own: see `difftrain.training.contract.loss`."""
+    from difftrain.training.contract import loss
+
+    return loss(objective, batch, **options)
+
+
+__all__ = ["Finding", "Spec", "SpecError", "batch_loss", "objective", "read"]

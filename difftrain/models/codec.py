@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import files
 
@@ -31,8 +31,8 @@ class Codec(nn.Module):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.channels, self.factor, self.pixels = channels, factor, pixels
-        self.register_buffer("scale", _spread(scale))
-        self.register_buffer("shift", _spread(shift))
+        self.register_buffer("scale", spread(scale))
+        self.register_buffer("shift", spread(shift))
 
     def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
         """Latents [B, C, h, w] of pictures [B, 3, H, W] in [-1, 1].
@@ -85,7 +85,8 @@ class Codec(nn.Module):
             )
 
 
-def _spread(value: float | Sequence[float]) -> Tensor:
+def spread(value: float | Sequence[float]) -> Tensor:
+    """One number as [], one for every channel as [C, 1, 1]."""
     tensor = torch.tensor(value, dtype=torch.float32)
     return tensor.view(-1, 1, 1) if tensor.dim() else tensor
 
@@ -134,14 +135,21 @@ def _shipped(name: str) -> nn.Module:
 
 
 def _codec(model: nn.Module) -> Codec:
-    """The scale and shift are one number each, or the statistics of every channel."""
     c = model.config
-    deviation = torch.tensor(c.latents_std or 1.0)
+    scale, shift = statistics(c)
     return Codec(
         model,
         channels=c.latent_channels,
         factor=2 ** (len(c.block_out_channels) - 1),
-        scale=(c.scaling_factor / deviation).tolist(),
-        shift=c.latents_mean or c.shift_factor or 0.0,
+        scale=scale,
+        shift=shift,
         pixels=c.in_channels,
     )
+
+
+def statistics(config: Mapping) -> tuple[float | list, float | list]:
+    """What a codec's raw latents are scaled by, and shifted by before that: one number each, or a
+    number for every channel."""
+    deviation = torch.tensor(config.get("latents_std") or 1.0)
+    shift = config.get("latents_mean") or config.get("shift_factor") or 0.0
+    return (config.get("scaling_factor", 1.0) / deviation).tolist(), shift

@@ -39,7 +39,7 @@ def once(say: Say) -> Say:
     return first
 
 
-_warn_once = once(warn)
+warn_once = once(warn)
 
 
 def read(
@@ -49,7 +49,7 @@ def read(
     codec=None,
     size: int | None = None,
     device: torch.device | str | None = None,
-    say: Say = _warn_once,
+    say: Say = warn_once,
 ) -> dict[str, object]:
     """A checked batch as a dict without absent fields, with `latents` wherever a codec is given.
 
