@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # What compiling a small UNet's whole step costs and gains on a CPU: docs/performance.md.
-CPU_SECONDS = 100.0
+CPU_SECONDS = 600.0
 CPU_GAIN = 0.10
 
 

@@ -196,7 +196,7 @@ class Stepper:
 
     def __init__(self, session: Session):
         self.session, self.step = session, session.programs.step.step
-        self.calls, self.started = 0, time.perf_counter()
+        self.calls, self.seconds = 0, []
         self.left = session.steps - session.done
         asked, device = session.train["compile"], session.device.type
         self.undecided = asked == "auto" and device == "cpu" and bool(lowering.cxx())
@@ -208,13 +208,17 @@ class Stepper:
     def __call__(self, *args) -> dict[str, Tensor]:
         self.calls += 1
         if self.calls == TRIAL + 1 and self.undecided:
-            self._decide((time.perf_counter() - self.started) / TRIAL)
+            self._decide(min(self.seconds))  # the first steps also wake libraries up
         elif self.calls == 2 * TRIAL + 1:
             lowering.no_more_compiling()
+        started = time.perf_counter()
         try:
             return self.step(*args)
         except torch.OutOfMemoryError as cause:
             raise RunFailed(_stopped(self.session, "the memory is full", SMALLER)) from cause
+        finally:
+            if self.undecided:
+                self.seconds.append(time.perf_counter() - started)
 
     def _decide(self, seconds: float | None) -> None:
         session, self.undecided = self.session, False
