@@ -13,6 +13,8 @@ from difftrain.cli import main
 from difftrain.commands import launch
 from difftrain.compiler import texts
 from difftrain.compiler.executable import pack, unpack
+from difftrain.language.options import schema
+from difftrain.training.bundle import RUNTIME, compile_spec
 
 FORMATS = {"py", "diff", "json", "txt", "lark", "md", "zip", "xz", "safetensors", "LICENSE"}
 
@@ -81,6 +83,12 @@ def test_it_trains_where_nothing_else_is(home, tmp_path):
     assert where == str(home / "tiny" / "difftrain" / "__init__.py")
 
 
+def test_without_packages(home, tmp_path):
+    done = alone("-S", str(home / "tiny"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "error: `lark` is not installed here: install it and try again\n"
+
+
 def test_it_tells_about_itself(home, capsys):
     assert launch.main([str(home / "tiny"), "--inspect"]) == 0
     out = capsys.readouterr().out
@@ -121,6 +129,16 @@ def test_an_unknown_setting_is_a_finding(home, capsys):
     assert "error[DIF150]: this spec has nothing called `train.stesp` to set" in (
         capsys.readouterr().err
     )
+
+
+def test_what_may_be_set_leaves_the_step_as_it_is(home):
+    step = {"precision", "optimizer", "warmup", "decay", "clip", "ema"}
+    listed = {kind: set(schema(kind)) for kind in RUNTIME}
+    assert listed == {k: {*v, *(step if k == "train" else ())} for k, v in RUNTIME.items()}
+    values = {"data.size": "32px", "data.batch": "2", "train.steps": "9", "train.seed": "3"}
+    values |= {"data.captions": "any", "sample.guidance": "3", "train.resume_from": "auto"}
+    changed = compile_spec(home / "tiny.diff", values)
+    assert changed.texts["step.py"] == unpack(home / "tiny")["step.py"]
 
 
 def test_another_machine_is_told():

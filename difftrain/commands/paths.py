@@ -7,7 +7,7 @@ from pathlib import Path
 
 from difftrain.commands.console import complain
 from difftrain.commands.failure import USAGE, Failure
-from difftrain.language.check import check, need
+from difftrain.language.check import SYNTAX, check, need
 from difftrain.language.finding import Finding, SpecError
 from difftrain.language.spec import Spec, read_text
 
@@ -65,7 +65,8 @@ def read(path: str, changes: dict[str, str], command: str = "") -> Spec:
     """The checked spec of a file, with every block that the command needs; what is only doubtful is
     told. Raises SpecError."""
     spec, found = check(read_text(path), changes)
-    found = [*found, *need(spec, command)]
+    if not any(f.code < SYNTAX for f in found):  # else the block may be there, but broken
+        found = [*found, *need(spec, command)]
     if command in RUNS and not _wrong(found):
         from difftrain.training.pretrained import disagreements
 

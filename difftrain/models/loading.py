@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from difftrain.models.errors import PartError
-from difftrain.models.pretrained import folder, hub_failed, is_hub_name, read_json
+from difftrain.models.pretrained import Absent, folder, hub_failed, is_hub_name, read_json
 
 FAILURES = (OSError, ValueError, RuntimeError, SafetensorError)
 
@@ -41,7 +41,7 @@ def _from_hub(kind, name: str, sub: str) -> nn.Module:
             return _whole(kind.from_pretrained(name, **where, **_safe()), name)
         except FAILURES as cause:
             reason = cause
-    raise PartError(hub_failed(name, "safetensors")) from reason
+    raise Absent(hub_failed(name, "safetensors")) from reason
 
 
 def _safe() -> dict:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from difftrain.compiler.layout import Layout, gather, layout
+from difftrain.language.part import Part
 from difftrain.models import build
 from difftrain.models.text import TextEncoder
 from difftrain.models.tokenizer import END, START
@@ -18,17 +20,15 @@ COUNTED = "the whole emitted step with its backward passes, 2 for each multiply-
 
 
 def measured(bundle: Bundle) -> Bundle:
-    """The bundle with latents, state and FLOPs in its manifest, found without computing anything.
-
-    The network's tensors have shapes and no numbers. Raises PartError.
-    """
+    """The bundle with latents, state and FLOPs in its manifest, found without computing anything:
+    the network's tensors have shapes and no numbers. Raises PartError."""
     spec = bundle.read()
     part, words = spec.objective().backbone.part, text_part(spec.objective())
     batch, size = (block(spec, "data")[n] for n in ("batch", "size"))
     codec = build(part.options["codec"])
     with FakeTensorMode(allow_non_fake_inputs=True):
         text = words and _text(words)
-        network = build(part, codec=codec, **({"text": text} if text else {}))
+        network = _shapes(part, codec=codec, **({"text": text} if text else {}))
         modules = {"student": network} | ({"text": text} if text else {})
         flops = _flops(bundle, modules, batch, codec.shape(size))
     return bundle.saying(
@@ -40,10 +40,19 @@ def measured(bundle: Bundle) -> Bundle:
     )
 
 
-def _text(part) -> TextEncoder:
+def _shapes(part: Part, **context) -> nn.Module:
+    """The module of a part, without numbers; a pretrained one is read from its files for that."""
+    if not part.options.get("weights"):
+        return build(part, **context)
+    with unset_fake_temporarily():
+        module = build(part, **context).to("meta")
+    return module.to_empty(device="cpu")
+
+
+def _text(part: Part) -> TextEncoder:
     """The text encoder; a small one has the rows of its two marks, as words come with data."""
     cut = {} if part.options.get("weights") else {"vocabulary": [START, END]}
-    text = build(part, **cut)
+    text = _shapes(part, **cut)
     return text if part.options.get("train") else text.requires_grad_(False)
 
 
