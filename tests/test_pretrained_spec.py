@@ -248,6 +248,19 @@ def test_what_is_not_there_says_nothing(saved, monkeypatch, weights):
     assert compared("ddpm", backbone=f'sd.unet("{weights}")') == []
 
 
+def test_a_process_from_the_hub_is_written_out(saved, monkeypatch):
+    home = saved(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    entry = home / "cache" / "models--someone--tiny"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text("0" * 40)
+    (entry / "snapshots").mkdir()
+    (entry / "snapshots" / ("0" * 40)).symlink_to(home / "sd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (finding,) = compared("linear", "flow", 'sd.unet("someone/tiny", time_scale = 1000)')
+    assert finding.help == "write `process = sd.shifted(k = 3.0)` unless the change is meant"
+
+
 def test_a_folder_without_a_scheduler_says_nothing_of_it(saved):
     home = saved(ZERO)
     pipeline.unet().save_pretrained(home / "alone")

@@ -21,10 +21,9 @@ from difftrain.language.scope import Use, bind, formals
 from difftrain.language.spec import Objective, Spec
 from difftrain.language.tree import Argument, Call, Name, Number, Span, Text
 from difftrain.models.errors import PartError
-from difftrain.models.pretrained import FILES, Absent, facts, located
+from difftrain.models.pretrained import FILES, Absent, facts, is_hub_name, located
 
 CLOSE = 1e-6  # configurations hold rounded numbers
-STATED = "unless the change is meant"
 
 
 def disagreements(spec: Spec) -> list[Finding]:
@@ -89,10 +88,19 @@ class Pair:
         place = self.place("weights", self.use)
         path = tuple(self.adopting.partition("(")[0].split("."))
         file = Text(str(Path(located(self.weights, "scheduler")).absolute()), place)
-        case = self.case.variant(
-            "process", Call(path, (Argument(None, file, place),), place, place)
-        )
+        call = Call(path, (Argument(None, file, place),), place, place)
+        case = self.case.variant("process", call)
         return case if case.own_times and self.case.own_times else None
+
+    @property
+    def edit(self) -> str:
+        """What to write for the folder's process; of a hub name, which holds no file here, the
+        process itself."""
+        use = self.theirs.slot("process")
+        known = self.spec.names.find("process", (use.definition.name,))
+        space = "" if known else f"{self.use.call.path[0]}."
+        text = space + _one_line(use.call.span) if is_hub_name(self.weights) else self.adopting
+        return f"write `process = {text}` unless the change is meant"
 
     @cached_property
     def same_levels(self) -> bool:
@@ -141,7 +149,7 @@ def process(pair: Pair) -> None:
     if theirs is None or pair.same_levels:
         return
     here, there = mine.slot("process"), theirs.slot("process")
-    more = {"help": f"write `process = {pair.adopting}` {STATED}"}
+    more = {"help": pair.edit}
     if here.definition is not there.definition:
         at, texts = mine.called(here), [f"`{_one_line(use.call.span)}`" for use in (here, there)]
         because = _difference(mine, theirs)
@@ -225,7 +233,7 @@ def prediction(pair: Pair) -> None:
         return
     texts = (f"`{use.definition.name}`", f"`{name}`")
     because = f"it returns `{_target(theirs)}`, and is asked for `{_target(pair.case)}`"
-    edit = f"write `prediction_type = {name}` {STATED}"
+    edit = f"write `prediction_type = {name}` unless the change is meant"
     at = pair.case.called(use)
     pair.disagree("DIF404", at, *texts, "scheduler", because=because, help=edit)
 
@@ -256,8 +264,7 @@ def shift(pair: Pair) -> None:
         return
     at = pair.case.place(pair.case.newest("t"))
     medians = f"{shown(half)} here and {shown(there / (1 + there))} there"
-    more = {"because": f"half of the times lie above {medians}"}
-    more["help"] = f"write `process = {pair.adopting}` {STATED}"
+    more = {"because": f"half of the times lie above {medians}", "help": pair.edit}
     pair.disagree("DIF405", at, f"a shift of {here:g}", f"{there:g}", "scheduler", **more)
 
 
