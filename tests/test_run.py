@@ -168,7 +168,7 @@ def test_imported_files_come_along(here, tmp_path, monkeypatch):
     ("asked", "compilers", "says"),
     [
         ("off", True, "not compiled: `compile = off`"),
-        ("auto", True, "not compiled: 1 steps are too few to gain from it"),
+        ("auto", True, "not compiled: too few steps are left to gain from it"),
         ("auto", False, "not compiled: there is no C++ compiler on this machine"),
     ],
 )

@@ -111,27 +111,20 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     spec = bundle.read(settings)
     objective = spec.objective()
     options = {kind: block(spec, kind) for kind in ("data", "train", "sample")}
-    train, size, graph = options["train"], options["data"]["size"], bundle.manifest["graph"]
-    samples.fits(bundle, options["sample"]["solver"])
-    if train["compile"] == "on":
-        lowering.choose("on", device.type, 0, None)
+    train, size = options["train"], options["data"]["size"]
+    _possible(bundle, train, options["sample"], device)
     folder, checkpoint = place(bundle, resume or train["resume_from"], out)
-    facts = state.facts(checkpoint, graph) if checkpoint else {}
-
+    facts = state.facts(checkpoint, bundle.manifest["graph"]) if checkpoint else {}
     seen, unseen = pictures(options["data"], "train", data), held_out(options["data"], data)
-    words = json.loads(facts["vocabulary"]) if facts else _vocabulary(objective, seen, unseen)
+    words = _vocabulary(facts, seen, unseen)
     parts = build_parts(objective, words, train["seed"], device)
     if parts.text is not None:
         parts.text.ids(options["sample"]["prompts"])  # unknown words are told now, not at the end
     cache = folder.parent / ".latents"
     prepared = encoded(seen, parts, size, cache, device, say)
     other = encoded(unseen, parts, size, cache, device, say) if unseen else None
-
     steps = steps if steps is not None else train["steps"]
-    current = state.fresh(parts.weights, train["seed"], steps)
-    if checkpoint:
-        state.load(checkpoint, current, parts.plan, graph)
-        say(f"resumed at step {int(current['turn'])} from {checkpoint}")
+    current = _state(bundle, parts, train["seed"], steps, checkpoint)
     texts.write(bundle.texts, folder)
     say(f"training `{bundle.name}` on {seen!r}: {parts.plan.size:,} weights, {device}, in {folder}")
     _doubts(objective)
@@ -142,10 +135,27 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     )  # fmt: skip
 
 
-def _vocabulary(objective: Objective, seen: Pictures, unseen: Pictures | None) -> list[int]:
-    """The token ids in use in a data set."""
+def _possible(bundle: Bundle, train: Run, sample: Run, device: torch.device) -> None:
+    """Refuses at once what would be refused after hours."""
+    samples.fits(bundle, sample["solver"])
+    if train["compile"] == "on":
+        lowering.choose("on", device.type, 0, None)
+
+
+def _state(bundle: Bundle, parts: Parts, seed: int, steps: int, checkpoint: Path | None):
+    current = state.fresh(parts.weights, seed, steps)
+    if checkpoint:
+        state.load(checkpoint, current, parts.plan, bundle.manifest["graph"])
+        say(f"resumed at step {int(current['turn'])} from {checkpoint}")
+    return current
+
+
+def _vocabulary(facts: Mapping, seen: Pictures, unseen: Pictures | None) -> list[int]:
+    """The token ids of a checkpoint, or those in use in the pictures' captions."""
     from difftrain.models.tokenizer import clip_tokenizer
 
+    if "vocabulary" in facts:
+        return json.loads(facts["vocabulary"])
     return clip_tokenizer().used([*seen.texts, *(unseen.texts if unseen else ())])
 
 
@@ -203,7 +213,7 @@ class Stepper:
         if not self.undecided:
             self._decide(None)
         elif self.left <= TRIAL:
-            say(f"not compiled: {self.left} steps are too few to gain from it")
+            say("not compiled: too few steps are left to gain from it")
 
     def __call__(self, *args) -> dict[str, Tensor]:
         self.calls += 1
