@@ -54,7 +54,7 @@ def loss(
     """
     needs = () if text is None else ("input_ids",)
     device = next((p.device for p in objective.parameters()), None)
-    framed = codec and Framed(codec)
+    framed = None if codec is None else Framed(codec)
     made = read(batch, needs=needs, codec=framed, size=size, device=device, say=say)
     if text is None and "input_ids" in made:
         say("the batch has `input_ids`, and no `text` is given to read them")
