@@ -16,39 +16,38 @@ from torch import Tensor
 
 from difftrain.sampling.quality import Reals, nearest_png, report
 from difftrain.training import evaluate
-from difftrain.training.bundle import open_bundle
-from difftrain.training.run import Session, open_session
-from difftrain.training.sources import Pictures
+from difftrain.training.bundle import block
+from difftrain.training.folder import open_run
+from difftrain.training.samples import open_model
+from difftrain.training.sources import Pictures, open_source
 
-SHOWN = 16
+SHOWN, SIDE = 16, 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("run", help="the folder of a run, or a checkpoint in it")
+    parser.add_argument("--out", type=Path, default=Path("."), help="where the grids go")
     args = parser.parse_args()
-    session = opened(args.run)
-    out = args.out or session.folder
-    out.mkdir(parents=True, exist_ok=True)
-    seen, unseen = session.prepared.pictures, session.unseen.pictures
+    bundle, checkpoint = open_run(args.run)
+    spec = bundle.read()
+    model, options = open_model(bundle, spec.objective(), checkpoint), block(spec, "sample")
+    seen, unseen = (open_source("emoji64", split=split) for split in ("train", "test"))
     labels = {k: sorted({r.fields[k] for r in seen.records}) for k in ("label", "style")}
     real, held = reals(seen, labels), reals(unseen, labels)
     print("| captions | concept | chance | ceiling | style | chance | ceiling | copies |")
     print("|---|---|---|---|---|---|---|---|")
-    spread = range(0, len(seen), len(seen) // 68)
-    for name, pictures, rows in (
-        ("seen in training", seen, list(spread)[:68]),
-        ("held-out pairs", unseen, list(range(len(unseen)))),
-    ):
+    spread = list(range(0, len(seen), len(seen) // len(unseen)))[: len(unseen)]
+    groups = {"seen in training": (seen, spread), "held-out pairs": (unseen, range(len(unseen)))}
+    for name, (pictures, rows) in groups.items():
         captions = [pictures.records[r].caption for r in rows]
-        made = samples(session, captions)
+        made = samples(model, options, captions)
         wanted = reals(pictures, labels, rows)
         scores = report(made, wanted.concept, wanted.style, real, held)
-        cells = [scores[k] for k in COLUMNS]
-        print(f"| {name}, {len(rows)} | " + " | ".join(f"{c:.3f}" for c in cells) + " |")
-        shown = spaced(len(rows))
-        file = out / f"emoji64-{name.split()[0]}.png"
+        cells = " | ".join(f"{scores[k]:.3f}" for k in COLUMNS)
+        print(f"| {name}, {len(rows)} | {cells} |")
+        shown = [round(i * (len(rows) - 1) / (SHOWN - 1)) for i in range(SHOWN)]
+        file = args.out / f"emoji64-{name.split()[0]}.png"
         nearest_png(file, made[shown], [captions[i] for i in shown], real)
 
 
@@ -56,34 +55,21 @@ COLUMNS = ("concept", "concept_chance", "concept_ceiling", "style", "style_chanc
            "copies")  # fmt: skip
 
 
-def opened(run: Path) -> Session:
-    """The run as it stood at a checkpoint, the last one where its folder is given."""
-    folder = run if run.is_dir() else run.parent.parent
-    names = [p.name for p in folder.iterdir() if p.suffix in (".diff", ".json", ".py", ".txt")]
-    files = {n: (folder / n).read_text() for n in names if n != "validation.json"}
-    return open_session(open_bundle(files), {}, None, None, str(run), str(folder), None)
-
-
-def spaced(count: int) -> list[int]:
-    return [round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)]
-
-
 def reals(pictures: Pictures, labels: dict, rows=None) -> Reals:
     """Pictures [N, 3, 64, 64] in [-1, 1] with their labels."""
     rows = range(len(pictures)) if rows is None else rows
-    images = torch.stack([pictures.image(r, 64) for r in rows]).float() / 127.5 - 1
+    images = torch.stack([pictures.image(r, SIDE) for r in rows]).float() / 127.5 - 1
     concept, style = (
         torch.tensor([labels[k].index(pictures.records[r].fields[k]) for r in rows]) for k in labels
     )
     return Reals(images, concept, style)
 
 
-def samples(session: Session, captions: list[str]) -> Tensor:
+def samples(model, options, captions: list[str]) -> Tensor:
     """One picture a caption, from the averaged weights, on the CPU."""
     images = evaluate.sample(
-        session.bundle, session.programs, session.parts, session.state["average"], session.sample,
-        captions, session.data["size"],
-    )  # fmt: skip
+        model.bundle, model.programs, model.parts, model.weights, options, captions, SIDE
+    )
     return images.float().cpu().clamp(-1, 1)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difftrain.language.options import Run
 from difftrain.language.part import Part
+from difftrain.language.spec import Objective
 from difftrain.sampling.pictures import grid_png
 from difftrain.training import evaluate, state
 from difftrain.training.bundle import Bundle, SettingError, block
@@ -47,13 +48,14 @@ def sample(
     spec = bundle.read(settings, ("sample", "data"))
     options, data = block(spec, "sample"), block(spec, "data")
     fits(bundle, options["solver"])
-    model = _open(bundle, spec.objective(), checkpoint)
+    model = open_model(bundle, spec.objective(), checkpoint)
     texts = list(prompts) or declared(options) or _captions(data, count or options["count"])
     texts = list(islice(cycle(texts), count)) if count else texts
     return draw(model, options, data["size"], texts, Path(out or f"{bundle.name}.png"))
 
 
-def _open(bundle: Bundle, objective, checkpoint: Path) -> Model:
+def open_model(bundle: Bundle, objective: Objective, checkpoint: Path) -> Model:
+    """The averaged weights of a checkpoint in the modules of its spec."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     graph = bundle.manifest["graph"]
     facts = state.facts(checkpoint, graph)
