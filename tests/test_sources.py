@@ -89,7 +89,7 @@ def test_the_licence_stays_beside_the_data():
 def test_the_embedded_set_opens_when_the_package_is_inside_a_zip(tmp_path):
     program = tmp_path / "program.pyz"
     with zipfile.ZipFile(program, "w") as packed:
-        for name, data in runtime():
+        for name, data in runtime().items():
             packed.writestr(name, data)
         packed.writestr(
             "__main__.py",

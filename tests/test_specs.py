@@ -1,4 +1,4 @@
-"""The specs that ship: each is clean, in the one layout, and compiles to a step that Python reads."""
+"""The specs that ship: each is clean, in the one layout, and compiles to Python that parses."""
 
 import ast
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_it_is_clean_and_formatted(path):
 @pytest.mark.parametrize("path", COMPLETE, ids=name)
 def test_it_compiles(path):
     bundle = compile_spec(path)
-    for file, text in bundle.sources.items():
+    for file, text in bundle.texts.items():
         if file.endswith(".py"):
             functions = {n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)}
             assert {"tables", "compute"} <= functions, file

@@ -70,7 +70,9 @@ class Bench:
 
 def same(a, b, tolerance):
     for name in a:
-        assert torch.allclose(a[name].float(), b[name].float(), atol=tolerance, rtol=tolerance), name
+        assert torch.allclose(a[name].float(), b[name].float(), atol=tolerance, rtol=tolerance), (
+            name
+        )
 
 
 def test_the_loss_falls_on_one_batch():
@@ -100,7 +102,9 @@ def test_adamw_is_torch_s():
     bench = Bench()
     reference = bench.weights.clone().requires_grad_()
     optimizer = torch.optim.AdamW([reference], lr=0.01, weight_decay=0.01)
-    gradients = [torch.randn(len(reference), generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    gradients = [
+        torch.randn(len(reference), generator=torch.Generator().manual_seed(k)) for k in range(3)
+    ]
     state = bench.fresh()
     for gradient in gradients:
         reference.grad = gradient.clone()
@@ -117,7 +121,9 @@ def test_a_frozen_text_encoder_is_not_in_the_state():
     assert {slot.module for slot in bench.plan.slots} == {"student"}
     before = [p.clone() for p in bench.modules["text"].parameters()]
     bench.run(bench.module.step, 2)
-    assert all(torch.equal(a, b) for a, b in zip(before, bench.modules["text"].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, bench.modules["text"].parameters(), strict=True)
+    )
 
 
 def test_an_overflow_moves_nothing_but_the_scale():

@@ -59,7 +59,8 @@ class Layout:
             value = named[slot.key]
             if value.shape != slot.shape:
                 raise ValueError(
-                    f"`{slot.key}` is {list(value.shape)} in the checkpoint and {list(slot.shape)} here"
+                    f"`{slot.key}` is {list(value.shape)} in the checkpoint,"
+                    f" and {list(slot.shape)} here"
                 )
             piece.view(slot.shape).copy_(value)
 

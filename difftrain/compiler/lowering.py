@@ -43,7 +43,9 @@ def choose(asked: str, device: str, steps: int, seconds: float | None) -> Choice
         return Choice(False, "not compiled: `compile = off`")
     if cxx() is None:
         if asked == "on":
-            raise NoCompiler("`compile = on` needs a C++ compiler, and there is none on this machine")
+            raise NoCompiler(
+                "`compile = on` needs a C++ compiler, and there is none on this machine"
+            )
         return Choice(False, "not compiled: there is no C++ compiler on this machine")
     if asked == "on":
         return Choice(True, "compiled: `compile = on`")

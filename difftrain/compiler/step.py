@@ -157,4 +157,3 @@ def _inputs(inputs: Inputs) -> list[str]:
         f'{indent}inputs["cond"] = nets["text"](batch["input_ids"])',
         f'{indent}inputs["null"] = nets["text"](batch["null_ids"])',
     ]
-

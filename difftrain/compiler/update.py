@@ -20,8 +20,8 @@ def clipped(gradient: Tensor, norm: Tensor, limit: float) -> Tensor:
 
 
 def learning_rate(count: Tensor, peak: float, warmup: int, cosine: Tensor | None = None) -> Tensor:
-    """The rate of update `count` (from 1): a linear rise, then constant, or times half a cosine that
-    ends at 0 after `cosine` updates."""
+    """The rate of update `count` (from 1): a linear rise, then constant, or times half a cosine
+    that ends at 0 after `cosine` updates."""
     rate = peak * torch.clamp(count / max(warmup, 1), max=1.0)
     if cosine is not None:
         rate = rate * 0.5 * (1 + torch.cos(torch.pi * torch.clamp(count / cosine, max=1.0)))
@@ -41,7 +41,7 @@ def adamw(
     weight_decay: float,
     fine: Tensor | None = None,
 ) -> None:
-    """Moves weights, moments, average and the number of updates, in place (arXiv:1711.05101 alg. 2).
+    """Moves weights, moments, average and the count of updates, in place: arXiv:1711.05101 alg. 2.
 
     `fine` (a bool) says whether the gradient is finite; where it is not, nothing moves.
     """

@@ -259,7 +259,11 @@ class Derivation:
                 raise Problem(self._unknown(path, expr, frame))
             target = Function(function, {}, _open(function))
             return self._apply(target, expr.args, expr, frame, tuple(_formals(function)))
-        return self._apply(target, expr.args, expr, frame, target.open) if isinstance(target, Function) else target
+        return (
+            self._apply(target, expr.args, expr, frame, target.open)
+            if isinstance(target, Function)
+            else target
+        )
 
     def _replaced(self, expr: Call, frame: Frame):
         """`q(n = value)`: q derived again with names replaced; a parameter that is a function is

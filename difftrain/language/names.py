@@ -71,7 +71,7 @@ class Names:
 
 
 def collect(tree: Tree, found: list[Finding], shipped: bool = False, chain=()) -> Names:
-    """The names of a file, with what it imports read as well; `chain` are the files that import it."""
+    """The names of a file, with what it imports read as well; `chain`: the files that import it."""
     names = Names(tree.source.path, shipped)
     for node in tree.body:
         match node:
@@ -119,7 +119,9 @@ def _unknown_kind(node: Block) -> Finding:
     start = node.span.start
     span = Span(node.span.source, start, start + len(node.kind))
     fix = Fix(span, close) if close else None
-    return Finding("DIF102", f"there is no block kind `{node.kind}`", Label(span), help=hint, fix=fix)
+    return Finding(
+        "DIF102", f"there is no block kind `{node.kind}`", Label(span), help=hint, fix=fix
+    )
 
 
 def _loose(node: Define) -> Finding:

@@ -1,4 +1,4 @@
-"""The operations of the language: one row each, with the shape of the result and the number it gives.
+"""The operations of the language: one row each, with the shape and the number that it gives.
 
 A new tensor operation is one row here and one row of `difftrain/compiler/operations.py`.
 Everything else that looks like a function is text of the standard library.

@@ -1,4 +1,4 @@
-"""The options of a run: what `data`, `train` and `sample` may say, as `specs/std/run.diff` lists it."""
+"""The options of a run: what `data`, `train` and `sample` may say (`specs/std/run.diff`)."""
 
 from __future__ import annotations
 
@@ -91,7 +91,11 @@ def _check_unit(expr: Expr, formal: Formal, found: list[Finding]) -> None:
         return
     wanted = formal.default.unit if isinstance(formal.default, Quantity) else None
     if expr.unit != wanted:
-        hint = f"write it in `{wanted}`" if wanted not in (None, *MULTIPLIERS) else "leave out the unit"
+        hint = (
+            f"write it in `{wanted}`"
+            if wanted not in (None, *MULTIPLIERS)
+            else "leave out the unit"
+        )
         text = f"`{formal.name}` is not counted in `{expr.unit}`"
         found.append(Finding("DIF143", text, Label(expr.span), help=hint))
 

@@ -1,4 +1,4 @@
-"""Equations: the base ones and the redefinitions, layer by layer, each with the scope it is read in.
+"""Equations: the base ones and the redefinitions, layer by layer, each with the scope it has.
 
 Layers: prelude < process < prediction < body. A later layer restates (`=`, `~`) what an earlier
 one says; strategies only redefine (`'`). Names made inside a block stay local to it and are read
@@ -48,7 +48,7 @@ class Scope:
 @dataclass(frozen=True, eq=False)
 class Equation:
     """One version of a quantity. `before` says at which version the names that the same block
-    redefines stand for its draws. An argument may be a function; every other equation is a number."""
+    redefines stand for its draws. An argument may be a function; all else is a number."""
 
     name: str
     value: Expr
@@ -186,7 +186,7 @@ def _missing(use: Use, name: str) -> Finding:
 
 
 def add_use(equations: Equations, use: Use, found: list[Finding], layer: str) -> None:
-    """Adds the equations of a block in use. `layer` is "base", or "strategy", which only redefines."""
+    """Adds the equations of a block in use. A "strategy" `layer` only redefines, a "base" one does not."""
     label = use.label
     chain = lineage(use.definition)
     statements = [s for d in chain for s in _once(equations, use, d).body if not is_function(s)]

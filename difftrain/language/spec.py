@@ -66,7 +66,9 @@ class Objective:
 
     def derivation(self, given=()) -> Derivation:
         """A fresh derivation; `given` names are inputs."""
-        times, inputs = (self.backbone.times, self.backbone.inputs) if self.backbone else (("t",), ())
+        times, inputs = (
+            (self.backbone.times, self.backbone.inputs) if self.backbone else (("t",), ())
+        )
         return Derivation(self.equations, frozenset(given), times, inputs)
 
     def quantity(self, name: str) -> Term:
@@ -151,7 +153,11 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     equations.quantities = {s.name for s in base} | {*GIVEN, *OPEN}
     add_statements(equations, base, Scope("", prelude.home), found, "base")
     slots, body = _split(block, names, found)
-    uses = {slot: _uses(slots[slot], kind, scope, found) for slot, kind in SLOTS.items() if slot in slots}
+    uses = {
+        slot: _uses(slots[slot], kind, scope, found)
+        for slot, kind in SLOTS.items()
+        if slot in slots
+    }
     for use in (*uses.get("process", ()), *uses.get("prediction_type", ())):
         add_use(equations, use, found, "base")
     add_statements(equations, body, scope, found, "base")
@@ -199,7 +205,9 @@ def _no_such_slot(node: Define, slot: str, kind: str) -> Finding:
     text = f"an objective has no `{node.name}`"
     if not nearest(node.name, [slot], MEANT):
         text = f"`{node.name}` is not where a {kind} goes"
-    return Finding("DIF108", text, Label(node.head), help=f"write `{slot}`", fix=Fix(node.head, slot))
+    return Finding(
+        "DIF108", text, Label(node.head), help=f"write `{slot}`", fix=Fix(node.head, slot)
+    )
 
 
 EXAMPLES = {"process": "linear", "prediction_type": "flow", "backbone": "custom"}

@@ -67,7 +67,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number with a unit or a multiplier: `100k` is 100000 with unit `k`, `512px` is 512 with unit `px`."""
+    """A number with a unit or multiplier: `100k` is 100000 and `k`, `512px` is 512 and `px`."""
 
     value: float
     unit: str

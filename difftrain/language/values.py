@@ -167,7 +167,9 @@ def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> Non
     if domain is None or value is None:
         return
     if isinstance(domain, ListOf):
-        allowed = [i.dotted if isinstance(i, Name) else getattr(i, "value", None) for i in domain.items]
+        allowed = [
+            i.dotted if isinstance(i, Name) else getattr(i, "value", None) for i in domain.items
+        ]
         if value not in allowed:
             listed = ", ".join(f"`{a}`" for a in allowed)
             close = nearest(str(value), [str(a) for a in allowed])

@@ -58,7 +58,9 @@ class Sampler:
     def _level(self, name: str, t: Tensor) -> Tensor:
         inputs = {"t": t, "step": torch.zeros(())}
         value = self.level(inputs, self._draws(t), {}, self.tables["levels"])[name]
-        return value if isinstance(value, Tensor) else torch.full_like(t, value, dtype=torch.float32)
+        return (
+            value if isinstance(value, Tensor) else torch.full_like(t, value, dtype=torch.float32)
+        )
 
     def _draws(self, t: Tensor) -> Draws:
         return Draws(0, 0, torch.arange(len(t), device=t.device))

@@ -61,7 +61,7 @@ def sample(
     prompts: list[str],
     size: int,
 ) -> Tensor:
-    """Pictures [N, 3, size, size] of the prompts, from the given weights [P]; no state is touched."""
+    """Pictures [N, 3, size, size] of the prompts, from weights [P]; no state is touched."""
     device = weights.device
     nets = parts.plan.bind(parts.modules, weights)
     cond = null = None
@@ -69,7 +69,13 @@ def sample(
         cond = nets["text"](parts.text.ids(prompts).to(device))
         null = nets["text"](parts.null_ids(device))
     model = Sampler(
-        made.estimates.compute, made.levels.compute, nets, made.tables, cond, null, options["guidance"]
+        made.estimates.compute,
+        made.levels.compute,
+        nets,
+        made.tables,
+        cond,
+        null,
+        options["guidance"],
     )
     solver = options["solver"]
     grid = times(tuple(bundle.manifest["time"]), solver).to(device)
@@ -126,13 +132,18 @@ def validate(
 
 def _round(made: Programs, network, latents: Tensor, cond, k: int) -> float:
     draw = Draws(SEED, k, torch.arange(len(latents), device=latents.device))
-    inputs = {"x0": latents, "cond": cond, "null": cond, "step": torch.zeros((), device=latents.device)}
+    inputs = {
+        "x0": latents,
+        "cond": cond,
+        "null": cond,
+        "step": torch.zeros((), device=latents.device),
+    }
     values = made.step.compute(inputs, draw, {"student": network}, made.tables["step"])
     return values["loss"].float().mean().item()
 
 
 def _mean_network(made: Programs, mean: Tensor) -> Callable:
-    """A network that returns the mean of its target at every time: row_a(t) times the mean of x0."""
+    """A network that returns the mean of its target at each time: row_a(t) times that of x0."""
 
     def network(x: Tensor, t: Tensor, cond=None, **extra) -> Tensor:
         inputs = {"t": t, "step": torch.zeros((), device=x.device)}

@@ -69,7 +69,9 @@ def pictures(data: Run, split: str, override: str | None = None) -> Pictures:
         return open_source("folder", override, split=split, caption=_caption(source, data))
     options = source.options
     split = options.get("split", split) if split == "train" else split
-    return open_source(source.module, options.get("path", ""), caption=_caption(source, data), split=split)
+    return open_source(
+        source.module, options.get("path", ""), caption=_caption(source, data), split=split
+    )
 
 
 def _caption(source: Part, data: Run) -> str:
@@ -92,4 +94,6 @@ def encoded(
     tokens = None if parts.text is None else (lambda texts, length: parts.text.ids(texts))
     length = 77 if parts.text is None else parts.text.length
     with torch.no_grad():
-        return prepare(found, parts.codec, tokens, size, length=length, cache=cache, device=device, say=say)
+        return prepare(
+            found, parts.codec, tokens, size, length=length, cache=cache, device=device, say=say
+        )
