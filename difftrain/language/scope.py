@@ -186,7 +186,7 @@ def _missing(use: Use, name: str) -> Finding:
 
 
 def add_use(equations: Equations, use: Use, found: list[Finding], layer: str) -> None:
-    """Adds the equations of a block in use. A "strategy" `layer` only redefines, a "base" one does not."""
+    """Adds the equations of a block in use; `layer` is "base", or "strategy", which redefines."""
     label = use.label
     chain = lineage(use.definition)
     statements = [s for d in chain for s in _once(equations, use, d).body if not is_function(s)]
