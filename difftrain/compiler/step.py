@@ -16,7 +16,7 @@ from difftrain.language.part import Part
 from difftrain.language.spec import Objective
 from difftrain.language.term import Term, walk
 
-DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}
+DTYPES = {"bf16": "torch.bfloat16", "fp16": "torch.float16"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Inputs:
     given: tuple[str, ...] = ()
     text: bool = False
     trained_text: bool = False
-    extra: tuple[str, ...] = ()  # further quantities to log
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +103,8 @@ def _averaging(decay: Term) -> str:
 
 
 def _step(graph: Graph, recipe: Recipe, inputs: Inputs) -> str:
-    half = recipe.precision != "fp32"
-    cast = f"torch.autocast(weights.device.type, {DTYPES[recipe.precision]}, enabled={half})"
+    """The text of `step`: the loss as a function of the weights, then what its gradient does."""
     scaled = recipe.precision == "fp16"
-    o = recipe.optimizer.options
-    numbers = ", ".join(f"{n}={o[n]}" for n in ("beta1", "beta2", "eps", "weight_decay"))
-    cosine = ', cosine=state["steps"]' if recipe.decay == "cosine" else ""
     scale = ' * state["scale"]' * scaled
     lines = [
         "def step(state, batch, modules, plan, tables):",
@@ -118,22 +113,12 @@ def _step(graph: Graph, recipe: Recipe, inputs: Inputs) -> str:
         "",
         "    def objective(weights):",
         "        nets = plan.bind(modules, weights)",
-        f"        with {cast}:",
-        *_inputs(inputs),
-        "            values = compute(inputs, draw, nets, tables)",
+        *_indented(_forward(recipe, inputs), 8),
         '        loss = values["loss"].float().mean()',
         f"        return loss{scale}, (loss, values)",
         "",
         '    gradient, (loss, values) = torch.func.grad(objective, has_aux=True)(state["weights"])',
-        *['    gradient = gradient / state["scale"]'] * scaled,
-        "    norm = gradient.norm()",
-        *["    fine = torch.isfinite(norm)"] * scaled,
-        *[f"    gradient = clipped(gradient, norm, {recipe.clip})"] * bool(recipe.clip),
-        '    count = state["updates"] + 1.0',
-        f"    rate = learning_rate(count, {o['lr']}, warmup={recipe.warmup}{cosine})",
-        f"    adamw(state, gradient, count, rate, averaging, {numbers}{', fine=fine' * scaled})",
-        *["    rescale(state, fine)"] * scaled,
-        '    state["turn"].add_(1)',
+        *_indented(_update(recipe, scaled), 4),
         "",
         '    log = {"loss": loss, "gradient": norm, "rate": rate}',
         *['    log["scale"] = state["scale"].clone()'] * scaled,
@@ -143,17 +128,47 @@ def _step(graph: Graph, recipe: Recipe, inputs: Inputs) -> str:
     return "\n".join([*lines, "    return log", ""])
 
 
-def _inputs(inputs: Inputs) -> list[str]:
-    indent = "            "
-    lines = [f'{indent}inputs = {{"x0": batch["x0"], "step": state["updates"]}}']
-    lines += [f'{indent}inputs["{name}"] = batch["{name}"]' for name in inputs.given]
+def _indented(lines: list[str], by: int) -> list[str]:
+    return [" " * by + line for line in lines]
+
+
+def _forward(recipe: Recipe, inputs: Inputs) -> list[str]:
+    """The quantities of a batch, in the precision of the recipe."""
+    lines = ['inputs = {"x0": batch["x0"], "step": state["updates"]}']
+    lines += [f'inputs["{name}"] = batch["{name}"]' for name in inputs.given]
+    lines += _conditions(inputs)
+    lines.append("values = compute(inputs, draw, nets, tables)")
+    if recipe.precision == "fp32":
+        return lines
+    cast = f"with torch.autocast(weights.device.type, {DTYPES[recipe.precision]}):"
+    return [cast, *_indented(lines, 4)]
+
+
+def _conditions(inputs: Inputs) -> list[str]:
+    """The condition and the empty one; a frozen text encoder gets no gradient."""
     if not inputs.text:
-        return [*lines, f'{indent}inputs["cond"] = inputs["null"] = None']
-    if not inputs.trained_text:
-        lines.append(f"{indent}with torch.no_grad():")
-        indent += "    "
+        return ['inputs["cond"] = inputs["null"] = None']
+    lines = [
+        'inputs["cond"] = nets["text"](batch["input_ids"])',
+        'inputs["null"] = nets["text"](batch["null_ids"])',
+    ]
+    return lines if inputs.trained_text else ["with torch.no_grad():", *_indented(lines, 4)]
+
+
+def _update(recipe: Recipe, scaled: bool) -> list[str]:
+    """Clipping, the learning rate, AdamW and averaging; after an overflow nothing moves."""
+    options = recipe.optimizer.options
+    numbers = [f"{n}={options[n]}" for n in ("beta1", "beta2", "eps", "weight_decay")]
+    cosine = ', cosine=state["steps"]' if recipe.decay == "cosine" else ""
     return [
-        *lines,
-        f'{indent}inputs["cond"] = nets["text"](batch["input_ids"])',
-        f'{indent}inputs["null"] = nets["text"](batch["null_ids"])',
+        *['gradient = gradient / state["scale"]'] * scaled,
+        "norm = gradient.norm()",
+        *["fine = torch.isfinite(norm)"] * scaled,
+        *[f"gradient = clipped(gradient, norm, {recipe.clip})"] * bool(recipe.clip),
+        'count = state["updates"] + 1.0',
+        f"rate = learning_rate(count, {options['lr']}, warmup={recipe.warmup}{cosine})",
+        f"numbers = dict({', '.join(numbers)})",
+        f"adamw(state, gradient, count, rate, averaging, **numbers{', fine=fine' * scaled})",
+        *["rescale(state, fine)"] * scaled,
+        'state["turn"].add_(1)',
     ]
