@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 # What compiling a small UNet's whole step costs and gains on a CPU: docs/performance.md.
-CPU_SECONDS = 600.0
-CPU_GAIN = 0.10
+CPU_SECONDS = 180.0
+CPU_GAIN = 0.20
 
 
 class NoCompiler(Exception):
