@@ -135,6 +135,18 @@ def test_more_steps_than_the_process_has(here, capsys):
     )
 
 
+def test_no_gpu(here, monkeypatch):
+    folder = here()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, said = process("train", "--set", "train.device=cuda", cwd=folder)
+    assert (code, said.splitlines()[-1]) == (
+        3,
+        "error: `device = cuda` needs a CUDA GPU, and torch finds none on this machine: leave the"
+        " option out to train on the CPU",
+    )
+    assert not (folder / "runs").exists()
+
+
 def test_no_compiler(here, capsys, monkeypatch):
     folder = here(train="compile = on")
     before = tiny.contents(folder)

@@ -10,6 +10,7 @@ TOLD = {
     "difftrain.models.errors.PartError": USAGE,
     "difftrain.importers.config.ConfigError": USAGE,
     "difftrain.compiler.lowering.NoCompiler": ABSENT,
+    "difftrain.compiler.lowering.NoDevice": ABSENT,
     "difftrain.training.run.RunFailed": FAILED,
     "difftrain.training.bundle.SettingError": USAGE,
     "difftrain.training.folder.FolderError": USAGE,

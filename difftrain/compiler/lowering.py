@@ -16,6 +16,10 @@ CPU_SECONDS = 180.0
 CPU_GAIN = 0.20
 
 
+class NoDevice(Exception):
+    """A device that the spec asks for and this machine does not have."""
+
+
 class NoCompiler(Exception):
     """`compile = on` on a machine without a C++ compiler."""
 
@@ -26,6 +30,17 @@ class Choice:
 
     compiled: bool
     because: str
+
+
+def device(asked: str) -> torch.device:
+    """The device of `auto`, `cpu` or `cuda`. Raises NoDevice."""
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise NoDevice(
+            "`device = cuda` needs a CUDA GPU, and torch finds none on this machine: leave the"
+            " option out to train on the CPU"
+        )
+    return torch.device("cuda" if there and asked != "cpu" else "cpu")
 
 
 def cxx() -> str | None:

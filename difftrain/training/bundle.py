@@ -41,7 +41,7 @@ LEVELS = ("alpha", "sigma", "row_a")
 RUNTIME = {  # what may be set without compiling again
     "data": ("source", "size", "batch", "captions"),
     "train": (
-        "steps", "compile", "resume_from", "seed", "keep", "save_every", "sample_every",
+        "steps", "device", "compile", "resume_from", "seed", "keep", "save_every", "sample_every",
         "log_every",
     ),
     "sample": ("solver", "guidance", "prompts", "count", "seed"),

@@ -107,11 +107,11 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     Whatever is wrong is found before anything is written.
     """
     started = started or time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = bundle.read(settings)
     objective = spec.objective()
     options = {kind: block(spec, kind) for kind in ("data", "train", "sample")}
     train, size = options["train"], options["data"]["size"]
+    device = lowering.device(train["device"])
     _possible(bundle, train, options["sample"], device)
     folder, checkpoint = place(bundle, resume or train["resume_from"], out)
     facts = state.facts(checkpoint, bundle.manifest["graph"]) if checkpoint else {}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from difftrain.compiler import lowering
 from difftrain.language.options import Run
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective
@@ -56,7 +56,7 @@ def sample(
 
 def open_model(bundle: Bundle, objective: Objective, checkpoint: Path) -> Model:
     """The averaged weights of a checkpoint in the modules of its spec."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = lowering.device("auto")
     graph = bundle.manifest["graph"]
     facts = state.facts(checkpoint, graph)
     parts = build_parts(objective, json.loads(facts["vocabulary"]), 0, device)
