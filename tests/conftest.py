@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 import difftrain
@@ -28,6 +29,17 @@ def x0():
 @pytest.fixture
 def eps():
     return torch.arange(8, dtype=torch.float64).cos().reshape(SHAPE)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Makes a folder with a spec and pictures, to run in."""
+
+    def make(**parts):
+        monkeypatch.chdir(tiny.home(tmp_path, **parts))
+        return tmp_path
+
+    return make
 
 
 def wide(t: torch.Tensor) -> torch.Tensor:

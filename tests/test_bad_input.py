@@ -31,17 +31,6 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """Makes a folder with a spec and pictures, to run in."""
-
-    def make(**parts):
-        monkeypatch.chdir(tiny.home(tmp_path, **parts))
-        return tmp_path
-
-    return make
-
-
 def process(*argv: str, cwd) -> tuple[int, str]:
     """The exit code and the messages of the program itself."""
     command = [sys.executable, "-m", "difftrain", *argv]

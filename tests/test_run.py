@@ -26,17 +26,6 @@ def home(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """Makes a folder with a spec and pictures, to run in."""
-
-    def make(**parts):
-        monkeypatch.chdir(tiny.home(tmp_path, **parts))
-        return tmp_path
-
-    return make
-
-
 def told(capsys, *argv: str) -> tuple[int, list[str]]:
     """The exit code and what was said, without the progress bar."""
     code = main(list(argv))

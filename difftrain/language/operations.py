@@ -71,11 +71,6 @@ def _reduce(kind: str, *_: str) -> str:
     return "sample"
 
 
-def _pairwise(a: str, b: str) -> str:
-    kind = _join(a, b)
-    return "sample" if kind in ("field", "tokens") else kind
-
-
 def _same(kind: str, *_: str) -> str:
     return kind
 
@@ -93,10 +88,6 @@ def _pick(table: str, index: str) -> str:
         text = f"`pick` takes an entry of a table, and is given {NAMES[table]}"
         raise KindError(text, "write `pick(table, index)`")
     return index
-
-
-def _field(*_: str) -> str:
-    return "field"
 
 
 def elementwise(function):
