@@ -10,7 +10,16 @@ from difftrain.language.nearest import nearest
 from difftrain.language.part import Part
 from difftrain.models.errors import PartError
 
-PLACES = {"autoencoder_kl": "codec", "clip": "text", "sd_unet": "unet"}
+PLACES = {  # builder: the module of this package that holds it
+    "autoencoder_kl": "codec",
+    "clip": "text",
+    "label": "labels",
+    "pixels": "codec",
+    "qwen": "encoders",
+    "sd_unet": "unet",
+    "siglip": "encoders",
+    "t5": "encoders",
+}
 
 
 def _late(module: str, name: str) -> Callable:
@@ -30,18 +39,36 @@ def _late(module: str, name: str) -> Callable:
 BUILDERS: dict[str, Callable] = {name: _late(module, name) for name, module in PLACES.items()}
 
 
-def build(part: Part, **context):
+def build(part: Part | tuple[Part, ...], **context):
     """The module [torch.nn.Module] of a part, random or loaded as its options say.
 
     `context` adds to the options and wins over them: `sd_unet` takes `codec` and `text` as built
     modules, `clip` takes the `vocabulary` of the run. Nested parts that context leaves out are
-    built first.
+    built first. A list of encoders is one that joins their sequences.
     """
+    if isinstance(part, tuple):
+        return _joined(part, context)
     if part.module not in BUILDERS:
         raise PartError(_unknown(f"there is no {part.kind} called", part.module, BUILDERS))
     options = {**part.options, **context}
-    made = {k: build(v) if isinstance(v, Part) else v for k, v in options.items()}
+    made = {k: build(v) if _declares(v) else v for k, v in options.items()}
     return BUILDERS[part.module](**made)
+
+
+def _declares(value) -> bool:
+    """Whether an option's value is a part, or a list of them."""
+    each = value if isinstance(value, tuple) and value else (value,)
+    return all(isinstance(v, Part) for v in each)
+
+
+def _joined(parts: tuple[Part, ...], context: dict):
+    """One encoder of several, each of them trained if its own options say so."""
+    from difftrain.models.joined import Joined
+
+    made = [build(part, **context) for part in parts]
+    for part, encoder in zip(parts, made, strict=True):
+        encoder.requires_grad_(bool(part.options.get("train")))
+    return Joined(made)
 
 
 def _unknown(what: str, name: str, known) -> str:

@@ -85,6 +85,28 @@ class Codec(nn.Module):
             )
 
 
+class Pixels(Codec):
+    """Training on pictures as they are: latents [B, 3, H, W] in [-1, 1] are the picture."""
+
+    def __init__(self):
+        super().__init__(nn.Identity(), channels=3, factor=1)
+
+    def encode(self, image: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The pictures [B, 3, H, W]; there is nothing to sample."""
+        self._fits("picture", image, self.pixels, 1)
+        return image
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, H, W], cut to [-1, 1]."""
+        self._fits("latent", latents, self.channels, 1)
+        return latents.clamp(-1, 1)
+
+
+def pixels() -> Pixels:
+    """The codec that leaves pictures alone."""
+    return Pixels()
+
+
 def spread(value: float | Sequence[float]) -> Tensor:
     """One number as [], one for every channel as [C, 1, 1]."""
     tensor = torch.tensor(value, dtype=torch.float32)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from difftrain.answer import unwrap
 from difftrain.models.errors import PartError
 from difftrain.models.loading import load
-from difftrain.models.tokenizer import END, Tokens, clip_tokenizer
+from difftrain.models.tokenizer import END, clip_tokenizer
 
 ALL_TOKENS = 49_408
 
@@ -19,26 +20,45 @@ class TextEncoder(nn.Module):
     """A function of ids [B, T] that gives [B, T, width].
 
     `compact` [49408] maps ids to rows of the token table where that was cut to a vocabulary; ids
-    outside it read as the end mark, which `check` refuses before they get here.
+    outside it read as the end mark, which `check` refuses before they get here. `padding` is the
+    id that the model does not see, and whose states are 0; None: it reads everything. `before`
+    stands in front of every text, and its states are left out.
     """
+
+    field = "caption"  # of a record of the data
 
     def __init__(
         self,
         model: nn.Module,
-        tokens: Tokens,
+        tokens: Callable,
         *,
         width: int,
         length: int = 77,
         vocabulary: Sequence[int] = (),
+        padding: int | None = None,
+        before: Sequence[int] = (),
     ):
         super().__init__()
         self.model, self.tokens = model, tokens
-        self.width, self.length = width, length
+        self.width, self.length, self.padding = width, length, padding
         self.register_buffer("compact", _compact(vocabulary) if vocabulary else None)
+        self.register_buffer("before", torch.tensor([before]) if before else None, persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         ids = input_ids if self.compact is None else self.compact[input_ids]
-        return unwrap(self.model(input_ids=ids))
+        if self.padding is None:
+            return unwrap(self.model(input_ids=ids))
+        # the first token is always seen: attention to nothing has no value
+        seen = pad(input_ids[:, 1:] != self.padding, (1, 0), value=True)
+        return self._seeing(ids, seen) * seen[:, :, None]
+
+    def _seeing(self, ids: Tensor, seen: Tensor) -> Tensor:
+        if self.before is None:
+            return unwrap(self.model(input_ids=ids, attention_mask=seen.long()))
+        first = self.before.shape[1]
+        ids = torch.cat([self.before.expand(len(ids), -1), ids], dim=1)
+        mask = pad(seen, (first, 0), value=True).long()
+        return unwrap(self.model(input_ids=ids, attention_mask=mask))[:, first:]
 
     def ids(self, texts: Iterable[str]) -> Tensor:
         """Checked ids [B, length] of texts."""
@@ -75,9 +95,20 @@ class TextEncoder(nn.Module):
 
 def _compact(vocabulary: Sequence[int]) -> Tensor:
     ids = torch.tensor(sorted({*vocabulary, END}))
-    rows = torch.full((ALL_TOKENS,), len(ids) - 1)  # END is the greatest id, so the last row
-    rows[ids] = torch.arange(len(ids))
-    return rows
+    places = torch.full((ALL_TOKENS,), len(ids) - 1)  # END is the greatest id, so the last row
+    places[ids] = torch.arange(len(ids))
+    return places
+
+
+def rows(vocabulary: Sequence[int]) -> int:
+    """How many tokens a table has that is cut to a vocabulary; all where there is none."""
+    return len({*vocabulary, END}) if vocabulary else ALL_TOKENS
+
+
+def divisible(width: int, heads: int) -> None:
+    """Refuse a width that the heads cannot share."""
+    if width % heads:
+        raise PartError(f"a width of {width} cannot be split over {heads} heads: use a multiple")
 
 
 def clip(
@@ -96,7 +127,7 @@ def clip(
     """
     tokens = clip_tokenizer(weights)
     if not weights:
-        model = _small(layers, width, heads, length, len({*vocabulary, END}) if vocabulary else 0)
+        model = _small(layers, width, heads, length, rows(vocabulary))
         return TextEncoder(model, tokens, width=width, length=length, vocabulary=vocabulary)
     model = _pretrained(weights, train)
     most = model.config.max_position_embeddings
@@ -106,19 +137,17 @@ def clip(
 def _small(layers: int, width: int, heads: int, length: int, count: int) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    if width % heads:
-        raise PartError(f"a width of {width} cannot be split over {heads} heads: use a multiple")
-    rows = count or ALL_TOKENS
+    divisible(width, heads)
     config = CLIPTextConfig(
-        vocab_size=rows,
+        vocab_size=count,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=length,
-        bos_token_id=rows - 2,
-        eos_token_id=rows - 1,
-        pad_token_id=rows - 1,
+        bos_token_id=count - 2,
+        eos_token_id=count - 1,
+        pad_token_id=count - 1,
     )
     return CLIPTextModel(config)
 
@@ -126,5 +155,9 @@ def _small(layers: int, width: int, heads: int, length: int, count: int) -> nn.M
 def _pretrained(weights: str, train: bool) -> nn.Module:
     from transformers import CLIPTextModel
 
-    model = load(CLIPTextModel, weights, "text_encoder")
+    return frozen(load(CLIPTextModel, weights, "text_encoder"), train)
+
+
+def frozen(model: nn.Module, train: bool) -> nn.Module:
+    """The module, in evaluation mode and without gradients unless it is trained."""
     return model if train else model.requires_grad_(False).eval()
