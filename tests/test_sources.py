@@ -155,7 +155,7 @@ def test_unusual_line_ends_inside_a_caption_do_not_break_a_line(photos):
 
 def test_without_a_split_field_everything_is_for_training(photos):
     assert len(open_source("folder", photos.path, caption="text")) == 3
-    with fails("has no pictures in the split `held_out`, only in `train`"):
+    with fails("has nothing in the split `held_out`, only in `train`"):
         open_source("folder", photos.path, caption="text", split="held_out")
 
 
@@ -206,8 +206,8 @@ def test_a_split_that_only_some_lines_have_is_an_error(photos):
         ({"file_name": "images/b.png", "label": "b", "text": "b"}, ['as in caption = "text"']),
         ({"file_name": "images/b.png", "caption": "  "}, ["line 2 has no `caption`"]),
         ({"file_name": "images/b.png", "caption": []}, ["line 2 has no `caption`"]),
-        ({"file_name": "images/b.png", "caption": 7}, ["line 2: `caption` is not text"]),
-        ({"file_name": "images/b.png", "caption": ["b", 7]}, ["line 2: `caption` is not text"]),
+        ({"file_name": "images/b.png", "caption": True}, ["line 2: `caption` is not text"]),
+        ({"file_name": "images/b.png", "caption": ["b", None]}, ["line 2: `caption` is not text"]),
     ],
 )
 def test_a_wrong_line_is_named_by_its_number(photos, line, words):

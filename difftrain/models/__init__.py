@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 
 from difftrain.language.nearest import nearest
 from difftrain.language.part import Part
 from difftrain.models.errors import PartError
+from difftrain.models.foreign import called, imported, offered
 
 PLACES = {  # builder: the module of this package that holds it
     "autoencoder_kl": "codec",
@@ -22,37 +23,51 @@ PLACES = {  # builder: the module of this package that holds it
 }
 
 
-def _late(module: str, name: str) -> Callable:
-    """The builder, imported when it is called: reading a pretrained folder needs no torch."""
-
-    def builder(**options):
-        make = getattr(import_module(f"{__name__}.{module}"), name)
-        known = signature(make).parameters
-        for option in options:
-            if option not in known:
-                raise PartError(_unknown(f"`{name}` has no option", option, known))
-        return make(**options)
-
-    return builder
+# options of a backbone that the run reads as well: builders get those that they take
+OFFERED = ("codec", "text", "times", "inputs")
 
 
-BUILDERS: dict[str, Callable] = {name: _late(module, name) for name, module in PLACES.items()}
+def builder(part: Part) -> Callable:
+    """The function that makes the module of a part, imported when it is asked for: reading a
+    pretrained folder needs no torch. `package.module:function` is one from Python."""
+    name = part.module
+    if name in PLACES:
+        return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+    place = name if ":" in name else offered().get(name)
+    if place is None:
+        raise PartError(_unknown(f"there is no {part.kind} called", name, PLACES))
+    return imported(place)
 
 
 def build(part: Part | tuple[Part, ...], **context):
     """The module [torch.nn.Module] of a part, random or loaded as its options say.
 
     `context` adds to the options and wins over them: `sd_unet` takes `codec` and `text` as built
-    modules, `clip` takes the `vocabulary` of the run. Nested parts that context leaves out are
-    built first. A list of encoders is one that joins their sequences.
+    modules, `clip` takes the `vocabulary` of the run. What a builder does not take of it is left
+    out. Nested parts that context leaves out are built first. A list of encoders is one that joins
+    their sequences.
     """
     if isinstance(part, tuple):
         return _joined(part, context)
-    if part.module not in BUILDERS:
-        raise PartError(_unknown(f"there is no {part.kind} called", part.module, BUILDERS))
-    options = {**part.options, **context}
+    make = builder(part)
+    options = _taken(part, signature(make).parameters, context)
     made = {k: build(v) if _declares(v) else v for k, v in options.items()}
-    return BUILDERS[part.module](**made)
+    return make(**made) if part.module in PLACES else called(make, part.module, made)
+
+
+def _taken(part: Part, known: Mapping[str, Parameter], context: Mapping) -> dict:
+    """The options and what of the context a builder takes. Raises PartError."""
+    options = {**part.options, **context}
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return options
+    for option in part.options:
+        if option not in known and option not in OFFERED:
+            raise PartError(_unknown(f"`{part.module}` has no option", option, known))
+    wanted = [n for n, p in known.items() if p.default is p.empty and p.kind != p.VAR_POSITIONAL]
+    lost = [n for n in wanted if n not in options]
+    if lost:
+        raise PartError(f"`{part.module}` needs `{lost[0]}`: add it to the parameters of its block")
+    return {n: v for n, v in options.items() if n in known}
 
 
 def _declares(value) -> bool:

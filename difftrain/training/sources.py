@@ -38,7 +38,8 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """One picture: its path inside the source, its first caption, every phrasing, all fields."""
+    """One sample: its path inside the source, the first text that it is conditioned on, every
+    phrasing of that, all fields."""
 
     file: str
     caption: str
@@ -121,11 +122,12 @@ def open_source(
 ) -> Pictures:
     """One split of the source `emoji64` or `folder`, every record checked, no picture decoded yet.
 
-    `caption` names the text field of `metadata.jsonl`, whose value is a text or a list of phrasings
-    of which every sample draws one; "" asks for no text. `split` is a value of the field `split`,
-    or `held_out` (all that is not `train`), or `all`. Without that field (or folders called train,
-    validation, test) everything is `train`, less the fraction `held_out`: a hash of the file name
-    decides, so adding or removing pictures moves no other one.
+    `caption` names the field of `metadata.jsonl` that pictures are conditioned on, whose value is a
+    text, a number or a list of phrasings of which every sample draws one; "" asks for none.
+    `split` is a value of the field `split`, or `held_out` (all that is not `train`), or `all`.
+    Without that field (or folders called train, validation, test) everything is `train`, less the
+    fraction `held_out`: a hash of the file name decides, so adding or removing pictures moves no
+    other one.
     """
     match kind:
         case "emoji64":
@@ -142,7 +144,7 @@ def open_source(
             f"`{name}` holds no pictures: it needs a metadata.jsonl, "
             "or pictures with a caption file of the same name beside each"
         )
-    return Pictures(name, tuple(_split(records, name, split, held_out)), store)
+    return Pictures(name, tuple(of_split(records, name, split, held_out)), store)
 
 
 def _embedded() -> Archive:
@@ -195,16 +197,21 @@ def _from_line(line: str, where: str, table: str, store: Folder | Archive, capti
             f"{where} names `{fields['file_name']}`, which is not there: "
             "add the picture, or take the line out"
         )
-    captions = _phrasings(fields, caption, where)
-    return Record(file, captions[0], captions, _with_split(fields, file))
+    return record(file, _with_split(fields, file), caption, where)
 
 
-def _phrasings(fields: dict, caption: str, where: str) -> tuple[str, ...]:
-    """Every text under the field `caption`, at least one and none blank."""
+def record(file: str, fields: Mapping, caption: str, where: str) -> Record:
+    """The record of a file with these fields; `caption` names the one that it is conditioned on."""
+    texts = phrasings(fields, caption, where)
+    return Record(file, texts[0], texts, fields)
+
+
+def phrasings(fields: Mapping, caption: str, where: str) -> tuple[str, ...]:
+    """Every text under the field `caption`, at least one and none blank; a number is its digits."""
     if not caption:
         return ("",)
     value = fields.get(caption)
-    texts = tuple(value) if isinstance(value, list) else (value,)
+    texts = tuple(map(_digits, value if isinstance(value, list) else (value,)))
     if texts and all(isinstance(text, str) and text.strip() for text in texts):
         return texts
     if value not in (None, [], "") and not all(isinstance(text, str) for text in texts):
@@ -212,7 +219,12 @@ def _phrasings(fields: dict, caption: str, where: str) -> tuple[str, ...]:
     raise DataError(f"{where} has no `{caption}`: write one{_elsewhere(fields, caption)}")
 
 
-def _elsewhere(fields: dict, caption: str) -> str:
+def _digits(value: object) -> object:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if number else value
+
+
+def _elsewhere(fields: Mapping, caption: str) -> str:
     """Advice to take another text field of the line, where it has one."""
     strings = [key for key, text in fields.items() if isinstance(text, str) and text.strip()]
     others = [key for key in strings if key not in ("file_name", caption)]
@@ -223,13 +235,23 @@ def _elsewhere(fields: dict, caption: str) -> str:
 
 
 def _beside(store: Folder | Archive, name: str, caption: str) -> Iterator[Record]:
-    """Records of pictures whose captions stand in files of the same stem."""
+    """Records of pictures whose captions stand in files of the same stem; the field `label` is the
+    name of the folder that a picture lies in."""
     for file in sorted(store.names):
         stem, ending = posixpath.splitext(file)
         if ending.lower() not in PICTURES:
             continue
-        text = _caption_file(store, name, file, stem) if caption else ""
-        yield Record(file, text, (text,), _with_split({}, file))
+        fields, where = _with_split(_folder_label(file), file), f"`{file}` in `{name}`"
+        if caption == "label" and "label" not in fields:
+            raise DataError(f"{where} has no `label`: put it into a folder of that name")
+        if caption and caption not in fields:
+            fields = {caption: _caption_file(store, name, file, stem), **fields}
+        yield record(file, fields, caption, where)
+
+
+def _folder_label(file: str) -> dict[str, str]:
+    folder = posixpath.basename(posixpath.dirname(file))
+    return {"label": folder} if folder and folder not in SPLIT_FOLDERS else {}
 
 
 def _caption_file(store: Folder | Archive, name: str, file: str, stem: str) -> str:
@@ -253,13 +275,13 @@ def _text(store: Folder | Archive, name: str, file: str) -> str:
         ) from cause
 
 
-def _with_split(fields: dict, file: str) -> dict:
+def _with_split(fields: Mapping, file: str) -> Mapping:
     """The fields, with `split` from the outermost folder where that is one by name."""
     top = file.split("/")[0]
     return {"split": top, **fields} if top in SPLIT_FOLDERS else fields
 
 
-def _split(records: list[Record], name: str, split: str, held_out: float) -> list[Record]:
+def of_split(records: list[Record], name: str, split: str, held_out: float = 0.0) -> list[Record]:
     """The records of a split, never none."""
     parts = [record.fields.get("split") for record in records]
     if not any(parts):
@@ -273,8 +295,8 @@ def _split(records: list[Record], name: str, split: str, held_out: float) -> lis
     if not chosen:
         there = ", ".join(f"`{part}`" for part in sorted(set(map(str, parts))))
         raise DataError(
-            f"`{name}` has no pictures in the split `{split}`, only in {there}: "
-            "name one of these, or mark pictures with a field `split`"
+            f"`{name}` has nothing in the split `{split}`, only in {there}: "
+            "name one of these, or mark samples with a field `split`"
         )
     return chosen
 
