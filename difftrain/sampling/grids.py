@@ -4,8 +4,18 @@ A process of `count` indices has times 0 .. count - 1, of which 0 is already noi
 is written -1. `steps` network evaluations need `steps + 1` entries.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+Law = tuple[str, float, float]  # "index", "real" or "open", and the ends: language/horizon.py
+HALVINGS = 100  # more than a float64 has digits, as intervals reach down to 0
 
 
 def trailing(steps: int, count: int) -> Tensor:
@@ -59,3 +69,118 @@ def power(steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) 
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
     return torch.cat([levels, levels.new_zeros(1)])
+
+
+# ---- the grid that the options of a solver ask for
+
+
+class Levels(Protocol):
+    """alpha and sigma at times [N]: both [N]."""
+
+    def alpha(self, t: Tensor) -> Tensor: ...
+
+    def sigma(self, t: Tensor) -> Tensor: ...
+
+
+INDEX = {"trailing": trailing, "leading": leading, "uniform": uniform}
+USUAL = {"index": "trailing", "real": "even", "open": "power"}  # `grid = auto`
+NAMES = {"index": "an index", "real": "continuous", "open": "continuous"}
+DEFAULTS = {"shift": 1, "low": 0.002, "high": 80, "rho": 7}  # of specs/std/run.diff
+READ = {"even": ("shift",), "power": ("low", "high", "rho")}
+OPTIONS = ("steps", "grid", "times", *DEFAULTS)  # what of a solver's options makes its grid
+
+
+def grid(law: Law, options: Mapping[str, object], levels: Levels) -> Tensor:
+    """The times [N + 1] that the options of a solver ask for, on a process with this law.
+
+    Indices; or even times, from the end of the law or, where that is open, from where sigma / alpha
+    is `high`; or the times at which sigma / alpha falls from `high` to `low` by `power`. Times in
+    `times` stand between the first and the clean end. Raises ValueError as `check` does.
+    """
+    check(law, options)
+    listed = options.get("times", ())
+    whole = _named(law, options, levels, 1 if listed else options["steps"])
+    between = torch.tensor(listed, dtype=whole.dtype)
+    return torch.cat([whole[:1], between, whole[1:]])
+
+
+def check(law: Law, options: Mapping[str, object]) -> None:
+    """Raises ValueError, in the words of the options, for what does not fit the process."""
+    (kind, low, high), word = law, chosen(law, options)
+    if (word in INDEX) != (kind == "index"):
+        fitting = INDEX if kind == "index" else READ
+        raise ValueError(
+            f"`grid = {word}` does not fit this process, whose time is {NAMES[kind]}:"
+            f" use {' or '.join(f'`{name}`' for name in fitting)}"
+        )
+    read = {*READ.get(word, ()), *(("high",) if kind == "open" else ())}
+    for name, usual in DEFAULTS.items():
+        if name not in read and options.get(name, usual) != usual:
+            raise ValueError(f"`{name}` does nothing on the grid `{word}`: leave it out")
+    if options.get("times"):
+        _check_listed(list(options["times"]), options["steps"], low, high, kind == "index")
+    elif kind == "index":
+        _check(options["steps"], int(high))
+
+
+def chosen(law: Law, options: Mapping[str, object]) -> str:
+    """The word for the grid: what the options say, or what is usual for the process."""
+    word = options.get("grid", "auto")
+    return USUAL[law[0]] if word == "auto" else word
+
+
+def _check_listed(times: list, steps: int, low: float, high: float, counted: bool) -> None:
+    first, last = (high - 1, -1) if counted else (high, low)
+    if any(a <= b for a, b in pairwise([first, *times, last])):
+        raise ValueError(
+            f"`times = {times}` must fall, and lie between {first:g} and {last:g}, where sampling"
+            " begins and ends"
+        )
+    if steps not in (1, len(times) + 1):
+        raise ValueError(
+            f"`steps = {steps}` and `times = {times}` contradict each other: leave `steps` out"
+        )
+
+
+def _named(law: Law, options: Mapping[str, object], levels: Levels, steps: int) -> Tensor:
+    (kind, end, start), word = law, chosen(law, options)
+    if word in INDEX:
+        return INDEX[word](steps, int(start))
+    low, high, rho = (options.get(name, DEFAULTS[name]) for name in ("low", "high", "rho"))
+    if word == "power":
+        least, most = _reach(levels, end, start)
+        # a solver that starts afresh from every x0 would gain nothing from a time at `low`
+        extra = "times" in options
+        noise = power(steps + extra, max(low, least), min(high, most), rho)[:steps]
+        return torch.cat([at_noise(levels, noise, end, start), noise.new_tensor([end])])
+    if kind == "open":
+        noise = torch.tensor([float(high)], dtype=torch.float64)
+        start = at_noise(levels, noise, end, start).item()
+    return shifted(steps, options.get("shift", 1), start, end)
+
+
+def _reach(levels: Levels, *ends: float) -> tuple[float, ...]:
+    """sigma / alpha at the ends of a process, as far as it has a value there."""
+    t = torch.tensor(ends, dtype=torch.float64)
+    return tuple((levels.sigma(t) / levels.alpha(t)).tolist())
+
+
+def at_noise(levels: Levels, noise: Tensor, low: float, high: float) -> Tensor:
+    """The times at which sigma / alpha, which grows with t, is `noise` [N]: float64 [N], by
+    bisection of low .. high, where `high` may be infinite."""
+    below, above = (
+        torch.full_like(noise, low),
+        torch.full_like(noise, high if math.isfinite(high) else 1.0),
+    )
+    while math.isinf(high) and bool(_quieter(levels, above, noise).any()):
+        above = 2 * above
+    for _ in range(HALVINGS):
+        middle = (below + above) / 2
+        quieter = _quieter(levels, middle, noise)
+        below, above = torch.where(quieter, middle, below), torch.where(quieter, above, middle)
+    return above
+
+
+def _quieter(levels: Levels, t: Tensor, noise: Tensor) -> Tensor:
+    """Whether sigma / alpha is below `noise`: no division, as alpha may be 0."""
+    return levels.sigma(t) < noise * levels.alpha(t)

@@ -9,58 +9,86 @@ import torch
 from torch import Tensor
 
 from difftrain.compiler.draws import Draws
-from difftrain.sampling.solvers import guided
+from difftrain.sampling.solvers import Pair, guided
+
+Tables = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Sampler:
-    """Implements `solvers.Model` on emitted programs. Conditions are [B, T, D], or None."""
+class Levels:
+    """alpha and sigma of an objective at times [B], by its emitted levels.py."""
 
-    estimate: Callable  # compute(inputs, draw, nets, tables) of estimates.py
-    level: Callable  # the same of levels.py
-    nets: Mapping[str, Callable]
-    tables: Mapping[str, Mapping[str, Tensor]]
-    cond: Tensor | None
-    null: Tensor | None
-    guidance: float = 1.0
+    level: Callable  # compute(inputs, draw, nets, tables)
+    tables: Tables
 
     def alpha(self, t: Tensor) -> Tensor:
-        """The share of data at t [B]."""
+        """The share of data at t [B], in t's precision."""
         return self._level("alpha", t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The share of noise at t [B]."""
+        """The share of noise at t [B], in t's precision."""
         return self._level("sigma", t)
 
-    def estimates(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(x0_hat, eps_hat) at x [B, ...] and t [B], guided."""
-        if self.guidance == 1 or self.cond is None:
-            return self._both(x, t, self.cond)
-        return guided(self._both, self.cond, self.null, self.guidance)(x, t)
-
-    def flow(self, x: Tensor, t: Tensor) -> Tensor:
-        """The ODE tangent at (x, t): alpha' * x0_hat + sigma' * eps_hat."""
-        x0_hat, eps_hat = self.estimates(x, t)
-        moving = t.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            slopes = [
-                torch.autograd.grad(self._level(name, moving).sum(), moving)[0]
-                for name in ("alpha", "sigma")
-            ]
-        rise, fall = (s.reshape(-1, *(1,) * (x.dim() - 1)) for s in slopes)
-        return rise * x0_hat + fall * eps_hat
-
-    def _both(self, x: Tensor, t: Tensor, cond) -> tuple[Tensor, Tensor]:
-        inputs = {"xt": x, "t": t, "cond": cond, "null": None, "step": torch.zeros(())}
-        values = self.estimate(inputs, self._draws(t), self.nets, self.tables["estimates"])
-        return values["x0_hat"], values["eps_hat"]
+    def slopes(self, t: Tensor) -> Pair:
+        """The time derivatives of both at t [B]."""
+        both = torch.func.jvp(lambda t: (self.alpha(t), self.sigma(t)), (t,), (torch.ones_like(t),))
+        return both[1]
 
     def _level(self, name: str, t: Tensor) -> Tensor:
         inputs = {"t": t, "step": torch.zeros(())}
-        value = self.level(inputs, self._draws(t), {}, self.tables["levels"])[name]
+        value = self.level(inputs, _draws(torch.arange(len(t), device=t.device)), {}, self.tables)
+        dtype = t.dtype if t.is_floating_point() else torch.float32
         return (
-            value if isinstance(value, Tensor) else torch.full_like(t, value, dtype=torch.float32)
+            value[name]
+            if isinstance(value[name], Tensor)
+            else torch.full_like(t, value[name], dtype=dtype)
         )
 
-    def _draws(self, t: Tensor) -> Draws:
-        return Draws(0, 0, torch.arange(len(t), device=t.device))
+
+@dataclass(frozen=True, eq=False)
+class Sampler(Levels):
+    """Implements `solvers.Model` for the samples of `index` [B], on emitted programs.
+
+    Conditions are [B, ...], the empty one [1, ...]; None where there are none.
+    """
+
+    estimate: Callable  # compute of estimates.py
+    estimate_tables: Tables
+    nets: Mapping[str, Callable]
+    index: Tensor
+    cond: Tensor | None = None
+    null: Tensor | None = None
+    guidance: float = 1.0
+
+    def estimates(self, x: Tensor, t: Tensor) -> Pair:
+        """(x0_hat, eps_hat) at x [B, ...] and t [B], guided."""
+        return self._guided(x, t, t)
+
+    def flow(self, x: Tensor, t: Tensor) -> Tensor:
+        """The ODE tangent at x [B, ...] and t [B]: alpha' x0_hat + sigma' eps_hat."""
+        return self.average(x, t, t)
+
+    def average(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The mean of the tangent from t [B] down to r [B], where the network is told both."""
+        x0_hat, eps_hat = self._guided(x, t, r)
+        rise, fall = (c.reshape(-1, *(1,) * (x.dim() - 1)) for c in self.slopes(t))
+        return rise * x0_hat + fall * eps_hat
+
+    def _guided(self, x: Tensor, t: Tensor, r: Tensor) -> Pair:
+        def at(x: Tensor, t: Tensor, cond: Tensor | None) -> Pair:
+            return self._both(x, t, r.repeat(len(t) // len(r)), cond)
+
+        if self.guidance == 1 or self.cond is None:
+            return at(x, t, self.cond)
+        return guided(at, self.cond, self.null, self.guidance)(x, t)
+
+    def _both(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Pair:
+        inputs = {"xt": x, "t": t, "r": r, "cond": cond, "null": None, "step": torch.zeros(())}
+        draws = _draws(self.index.repeat(len(t) // len(self.index)))
+        values = self.estimate(inputs, draws, self.nets, self.estimate_tables)
+        return values["x0_hat"], values["eps_hat"]
+
+
+def _draws(index: Tensor) -> Draws:
+    """What an objective still draws beside xt and t, by sample."""
+    return Draws(0, 0, index)

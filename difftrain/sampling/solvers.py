@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from difftrain.compiler import random
+from difftrain.compiler.draws import Draws as Streams
 
 Pair = tuple[Tensor, Tensor]
 
@@ -20,7 +21,7 @@ Pair = tuple[Tensor, Tensor]
 class Model(Protocol):
     """What sampling needs of a trained objective; guidance is already inside it.
 
-    `estimates` and `flow` answer in the precision of x; alpha and sigma may be finer.
+    Estimates and flows answer in the precision of x; alpha and sigma may be finer.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -29,23 +30,36 @@ class Model(Protocol):
     def sigma(self, t: Tensor) -> Tensor:
         """The noise coefficient of the process at t [B]: [B]."""
 
+    def slopes(self, t: Tensor) -> Pair:
+        """The time derivatives of alpha and sigma at t [B]: both [B]."""
+
     def estimates(self, x: Tensor, t: Tensor) -> Pair:
         """`x0_hat` and `eps_hat` at x [B, ...], t [B]: both [B, ...]."""
 
     def flow(self, x: Tensor, t: Tensor) -> Tensor:
         """The ODE tangent `flow_hat` at x [B, ...], t [B]: [B, ...]."""
 
+    def average(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The mean of the tangent from t [B] down to r [B], of a network that knows both."""
+
 
 @dataclass(frozen=True)
 class Draws:
-    """Noise of a sampling run, keyed by (seed, sample, step): the batch split does not matter."""
+    """Noise of a sampling run, keyed by (seed, sample, step): the batch split does not matter.
+
+    `law(like, draws)` gives noise [B, ...] of another law than the standard normal one: that of
+    the objective's `eps`.
+    """
 
     seed: int
     index: Tensor  # int64 [B], the number of each sample
+    law: Callable[[Tensor, Streams], Tensor] | None = None
 
     def noise(self, step: int, like: Tensor) -> Tensor:
-        """Standard normal noise [B, ...] for the move to `grid[step]`; 0 is the start."""
+        """Noise [B, ...] for the move to `grid[step]`; 0 is the start."""
         index = self.index.to(like.device)
+        if self.law:
+            return self.law(like, Streams(self.seed, step, index, like.dtype))
         return random.normal("sample", self.seed, step, index, like.shape[1:], like.dtype)
 
 
@@ -91,6 +105,108 @@ def euler(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
     for t, s in pairwise(_beside(grid, x)):
         x = x + (s - t) * model.flow(x, t.expand(len(x)))
     return x
+
+
+def heun(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
+    """Data [B, ...] by the mean of the flows at both ends of each step; draws nothing.
+
+    arXiv:2206.00364 algorithm 1 without churn, for every continuous process: the second flow is
+    that of (x_s, s), asked for anew, and the last step is an Euler step, as the flow may have no
+    value at the clean end. Second order in the step, 2 N - 1 evaluations.
+    """
+    grid = _beside(grid, x)
+    for step in range(1, len(grid)):
+        t, s = grid[step - 1 : step + 1]
+        slope = model.flow(x, t.expand(len(x)))
+        if step < len(grid) - 1:
+            ahead = x + (s - t) * slope
+            slope = (slope + model.flow(ahead, s.expand(len(x)))) / 2
+        x = x + (s - t) * slope
+    return x
+
+
+def jump(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
+    """Data [B, ...] by x_r = x_t - (t - r) u(x_t, t, r), u being the average flow between them.
+
+    For networks with two times (arXiv:2505.13447 eq. 12), which make one step as well as many.
+    Draws nothing.
+    """
+    for t, r in pairwise(_beside(grid, x)):
+        x = x - (t - r) * model.average(x, t.expand(len(x)), r.expand(len(x)))
+    return x
+
+
+def multistep(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
+    """Data [B, ...] by estimating x0 and noising it again, to ever earlier times.
+
+    arXiv:2303.01469 algorithm 1, for networks whose `x0_hat` at any time lies on the path's clean
+    end: x_s = alpha_s x0_hat + sigma_s noise. The function that latent consistency distillation
+    trains, c_skip x + c_out x0_hat, differs from x0_hat by a factor of 7e-6 at most.
+    """
+    grid = _beside(grid, x)
+    for step in range(1, len(grid) - 1):
+        t, s = (time.expand(len(x)) for time in grid[step - 1 : step + 1])
+        a, b = _levels(model, s, x)
+        x = (a * model.estimates(x, t)[0] + b * draws.noise(step, x)).to(x.dtype)
+    return model.estimates(x, grid[-2].expand(len(x)))[0]
+
+
+def euler_maruyama(
+    model: Model, x: Tensor, grid: Tensor, draws: Draws, scale: float = 1.0
+) -> Tensor:
+    """Data [B, ...] by the reverse stochastic equation, its noise `scale` times a standard one.
+
+    Every g gives the same marginals (arXiv:2011.13456 appendix D.1, arXiv:2401.08740 eq. 6):
+    dx = (flow - g^2 score / 2) dt + g dB. Here g^2 = 2 scale W sigma with W = alpha sigma' - sigma
+    alpha': that of the forward process times alpha, which is finite where alpha is 0, and the term
+    of the score becomes W scale eps_hat. scale = 0 is Euler's method. The last step draws nothing.
+    """
+    grid = _beside(grid, x)
+    for step in range(1, len(grid) - 1):
+        t, s = grid[step - 1 : step + 1]
+        moved = _stochastic(model, x, t.expand(len(x)), s - t, scale, draws.noise(step, x))
+        x = moved.to(x.dtype)
+    return euler(model, x, grid[-2:], draws)
+
+
+def _stochastic(
+    model: Model, x: Tensor, t: Tensor, h: Tensor, scale: float, noise: Tensor
+) -> Tensor:
+    """One step of length h < 0 from t [B]: [B, ...]."""
+    x0_hat, eps_hat = model.estimates(x, t)
+    (a, s), (da, ds) = (
+        [_column(c, x) for c in pair]
+        for pair in ((model.alpha(t), model.sigma(t)), model.slopes(t))
+    )
+    spread = scale * (a * ds - s * da)
+    drift = da * x0_hat + (ds + spread) * eps_hat
+    return x + h * drift + (2 * spread * s * -h).sqrt() * noise
+
+
+def dpm_solver_pp(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
+    """Data [B, ...] by the exact solution for an x0_hat that is linear in log(alpha / sigma).
+
+    arXiv:2211.01095 algorithm 2 (DPM-Solver++(2M)): the line goes through this estimate and the
+    one before. The last step is the last x0_hat, as in `ddim`, whose step the first one is. Second
+    order in the step; draws nothing.
+    """
+    grid = _beside(grid, x)
+    before = length = None
+    for t, s in pairwise(grid[:-1]):
+        here, there = (_levels(model, time.expand(len(x)), x) for time in (t, s))
+        x0_hat = model.estimates(x, t.expand(len(x)))[0]
+        h = _log_ratio(there) - _log_ratio(here)
+        # 1 / (2 r) of the paper; 0 after a step from pure noise, which is infinitely long
+        lead = 0 if before is None else (h / (2 * length)).to(x.dtype) * (x0_hat - before)
+        (a_t, s_t), (a_s, s_s) = here, there
+        moved = s_s / s_t * x + (a_s - s_s * a_t / s_t) * (x0_hat + lead)
+        x, before, length = moved.to(x.dtype), x0_hat, h
+    return model.estimates(x, grid[-2].expand(len(x)))[0]
+
+
+def _log_ratio(levels: Pair) -> Tensor:
+    """log(alpha / sigma)."""
+    return levels[0].log() - levels[1].log()
 
 
 def guided(

@@ -29,14 +29,15 @@ from difftrain.graph.build import build
 from difftrain.graph.passes import run as run_passes
 from difftrain.language.adopt import written_out
 from difftrain.language.format import format_text
-from difftrain.language.numbers import draws, points, values
+from difftrain.language.horizon import horizon
+from difftrain.language.numbers import draws
 from difftrain.language.options import Run, defaults
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective, Spec, read_text
-from difftrain.language.term import Term
 from difftrain.language.tree import Source
 
 ESTIMATES = ("x0_hat", "eps_hat")
+MOMENT = ("xt", "t", "r")  # what a solver decides, as far as an objective has it
 LEVELS = ("alpha", "sigma", "row_a")
 RUNTIME = {  # what may be set without compiling again
     "data": ("source", "size", "batch", "captions"),
@@ -112,7 +113,8 @@ def compile_source(source: Source, settings: Mapping[str, str] | None = None) ->
     spec = checked(source, settings)
     objective = spec.objective()
     step = emit_step(objective, recipe(spec), step_inputs(objective))
-    estimates = run_passes(build(objective, ESTIMATES, fixed=("xt", "t")))
+    moment = [n for n in MOMENT if n in objective.equations.versions]
+    estimates = run_passes(build(objective, ESTIMATES, fixed=moment))
     levels = run_passes(build(objective, LEVELS, fixed=("t",)))
     texts = {
         SPEC: format_text(written_out(source)),
@@ -129,7 +131,7 @@ def compile_source(source: Source, settings: Mapping[str, str] | None = None) ->
 def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
     """What a bundle says of itself: names, hashes, versions, streams."""
     derivation = objective.derivation()
-    loss, t = derivation.read("loss"), derivation.read("t")
+    loss = derivation.read("loss")
     data, train = block(spec, "data"), block(spec, "train")
     written = [text for name, text in sorted(texts.items()) if name.endswith(".diff")]
     return {
@@ -143,16 +145,8 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
         "precision": f"{train['precision']} forwards, fp32 weights, moments and average",
         "shapes": {"batch": data["batch"], "picture": [3, data["size"], data["size"]]},
         "streams": [d["name"] for d in draws(loss)],
-        "time": time_range(t),
+        "time": horizon(objective),
     }
-
-
-def time_range(t: Term) -> tuple[str, float, float]:
-    """("index", 0, N) for an index 0 .. N - 1, or ("real", low, high) with the ends of t's law."""
-    seen = sorted(row[0] for row in values([t], points(t)))
-    if any(d["law"] == "integer" for d in draws(t)):
-        return "index", 0, seen[-1] + 1
-    return "real", seen[0], seen[-1]
 
 
 def digest(text: str) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from difftrain.compiler.draws import Draws
 from difftrain.language.options import Run
+from difftrain.language.part import Part
 from difftrain.sampling import grids, solvers
-from difftrain.sampling.model import Sampler
+from difftrain.sampling.model import Levels, Sampler
 from difftrain.training.bundle import Bundle
 from difftrain.training.parts import Parts
 
 ROUNDS = 8  # times and noises each held-out picture is seen at
 SEED = 20_231  # of the fixed draws of every validation
+TOGETHER = 64  # pictures drawn at a time, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +45,6 @@ def programs(bundle: Bundle, device) -> Programs:
 # ---- samples
 
 
-def times(law: tuple[str, float, float], solver) -> Tensor:
-    """The time grid of a solver for an index process ("index", 0, N) or a continuous one."""
-    kind, low, high = law
-    options = dict(solver.options)
-    if kind == "index":
-        return getattr(grids, options.get("grid", "trailing"))(options["steps"], int(high))
-    return grids.shifted(options["steps"], options.get("shift", 1.0), start=high, end=low)
-
-
 @torch.no_grad()
 def sample(
     bundle: Bundle,
@@ -61,29 +55,47 @@ def sample(
     prompts: list[str],
     size: int,
 ) -> Tensor:
-    """Pictures [N, 3, size, size] of the prompts, from weights [P]; no state is touched."""
-    device = weights.device
+    """Pictures [N, 3, size, size] of the prompts, from weights [P]; no state is touched.
+
+    The n-th picture is the same in whichever company it is drawn.
+    """
     nets = parts.plan.bind(parts.modules, weights)
-    cond = null = None
-    if parts.text is not None:
-        cond = nets["text"](parts.text.ids(prompts).to(device))
-        null = nets["text"](parts.null_ids(device))
-    model = Sampler(
-        made.estimates.compute,
-        made.levels.compute,
-        nets,
-        made.tables,
-        cond,
-        null,
-        options["guidance"],
-    )
+    levels = Levels(made.levels.compute, made.tables["levels"])
     solver = options["solver"]
-    grid = times(tuple(bundle.manifest["time"]), solver).to(device)
-    draws = solvers.Draws(options["seed"], torch.arange(len(prompts), device=device))
-    like = torch.zeros(len(prompts), *parts.codec.shape(size), device=device)
-    x = solvers.start(model, like, grid, draws)
-    extra = {"eta": solver.options["eta"]} if "eta" in solver.options else {}
-    return parts.codec.decode(getattr(solvers, solver.module)(model, x, grid, draws, **extra))
+    grid = grids.grid(tuple(bundle.manifest["time"]), solver.options, levels)
+    walk = partial(getattr(solvers, solver.module), **own_options(solver))
+    drawn = []
+    for index in torch.arange(len(prompts), device=weights.device).split(TOGETHER):
+        cond, null = conditions(parts, nets, [prompts[i] for i in index])
+        model = Sampler(
+            levels.level,
+            levels.tables,
+            made.estimates.compute,
+            made.tables["estimates"],
+            nets,
+            index,
+            cond,
+            null,
+            options["guidance"],
+        )
+        draws = solvers.Draws(options["seed"], index)
+        like = torch.zeros(len(index), *parts.codec.shape(size), device=weights.device)
+        x = walk(model, solvers.start(model, like, grid, draws), grid, draws)
+        drawn.append(parts.codec.decode(x).cpu())
+    return torch.cat(drawn)
+
+
+def own_options(solver: Part) -> dict[str, object]:
+    """The options of a solver that do not make its grid."""
+    return {name: v for name, v in solver.options.items() if name not in grids.OPTIONS}
+
+
+def conditions(parts: Parts, nets: Mapping, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """The conditions of prompts [B, ...] and the empty one; None and None without an encoder."""
+    if parts.text is None:
+        return None, None
+    device = parts.weights.device
+    return nets["text"](parts.text.ids(prompts).to(device)), nets["text"](parts.null_ids(device))
 
 
 # ---- losses

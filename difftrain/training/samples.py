@@ -14,6 +14,7 @@ from difftrain.compiler import lowering
 from difftrain.language.options import Run
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective
+from difftrain.sampling import grids
 from difftrain.sampling.pictures import grid_png
 from difftrain.training import evaluate, state
 from difftrain.training.bundle import Bundle, SettingError, block
@@ -86,7 +87,7 @@ def captions(found: Pictures, count: int) -> list[str]:
 def fits(bundle: Bundle, solver: Part) -> None:
     """Refuses a solver that cannot walk the times of the compiled process."""
     try:
-        evaluate.times(tuple(bundle.manifest["time"]), solver)
+        grids.check(tuple(bundle.manifest["time"]), solver.options)
     except ValueError as problem:
         raise SettingError(str(problem)) from problem
 
