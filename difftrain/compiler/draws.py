@@ -18,6 +18,12 @@ class Draws:
     step: int | Tensor
     index: Tensor
     dtype: torch.dtype = torch.float32
+    dropout: bool = True  # whether networks drop anything
+
+    @property
+    def masks(self) -> Draws | None:
+        """What networks draw their dropout masks from: the same in every forward of a step."""
+        return self if self.dropout else None
 
     @property
     def key(self):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from difftrain.compiler.interpret import inside_derivatives
+from difftrain.compiler.interpret import BINDERS, bound, inside_derivatives
 from difftrain.compiler.operations import FUNCTIONS, INFIX, ON_TENSORS
 from difftrain.compiler.printing import (
     INDENT,
@@ -26,7 +26,7 @@ RANK = {"lt": 1, "le": 1, "gt": 1, "ge": 1, "eq": 1, "ne": 1}
 RANK |= {"add": 2, "sub": 2, "mul": 3, "div": 3, "neg": 4, "pow": 5}
 ATOM = 9
 LEAVES = ("const", "module", "word", "text", "variable")  # written where they are used
-STATEMENTS = ("network", "jvp", "input")  # always on a line of their own
+STATEMENTS = ("network", "jvp", "inverse", "apply", "input")  # always on a line of their own
 SHORT, LONG = 12, 62
 # What a value without a name of its own is called.
 PLAIN = {
@@ -39,12 +39,14 @@ PLAIN = {
 }
 PLAIN |= {"stop": "held", "where": "chosen", "min": "least", "max": "most", "pick": "entry"}
 PLAIN |= {"abs": "size", "first": "start", "last": "end", "draw": "drawn", "jvp": "slope"}
+PLAIN |= {"apply": "made", "tap": "tokens", "inverse": "solved_time"}
 PLAIN |= {"neg": "negative", "mean": "average", "sum": "summed", "network": "output"}
 LOOKED_UP = "What depends on an index alone, in float64: looked up in every step."
 NOTHING = "No table is looked up."
 OPERATORS = "difftrain.compiler.operations"
-OWN = {f.__name__ for f in FUNCTIONS.values()} | {"rows"}
-TAKEN = {"torch", "nets", "draw", "inputs", "tables", "compute", "call_network", *OWN}
+OWN = {f.__name__ for f in FUNCTIONS.values()} | {"rows", "solved"}
+CALLS = ("apply_module", "call_network", "call_tapped")
+TAKEN = {"torch", "nets", "draw", "inputs", "tables", "compute", *CALLS, *OWN}
 TAKEN |= {*keyword.kwlist, *dir(builtins)}
 
 
@@ -84,7 +86,9 @@ class Writer:
 
     def write(self, node: int) -> None:
         """Puts the node on a line of its own, or keeps its text for the one place that uses it."""
-        if self.graph[node]["op"] == "jvp":
+        if node in self.texts:
+            return  # the tokens of a network that was called for both
+        if self.graph[node]["op"] in BINDERS:
             self._along(node)
         text = self.text(node)
         if self._inline(node, text):
@@ -97,13 +101,21 @@ class Writer:
         data = self.graph[node]
         self._shorten(node)
         text, name = self.text(node).text, self.name(node)
+        left = f"_, {name}" if data["op"] == "jvp" else name
+        for tap in self._taps(node):
+            self.texts[tap] = Text(self.name(tap))
+            left = f"{name}, {self.texts[tap].text}"
         if data["op"] == "network" and not data["attrs"].get("grad", True):
             self.lines.append(f"{self.indent}with torch.no_grad():")
-            self.lines += assignment(name, text, self.indent + INDENT)
+            self.lines += assignment(left, text, self.indent + INDENT)
         else:
-            left = f"_, {name}" if data["op"] == "jvp" else name
             self.lines += assignment(left, text, self.indent)
         self.texts[node] = Text(name)
+
+    def _taps(self, node: int) -> list[int]:
+        """The nodes that stand for what a network returns beside its output."""
+        users = self.graph.net.successors(node)
+        return [u for u in users if self.graph[u]["op"] == "tap"]
 
     def _inline(self, node: int, text: Text) -> bool:
         data, size = self.graph[node], len(text.text)
@@ -200,9 +212,14 @@ class Writer:
             case "draw":
                 return _call(f"draw.{attrs['law']}", f'"{attrs["name"]}"', *args)
             case "network":
-                return _network(args, attrs["extras"])
+                function = "call_tapped" if self._taps(node) else "call_network"
+                return _network(function, args, attrs["extras"])
+            case "apply":
+                return _call("apply_module", *args)
             case "jvp":
                 return self._derivative(node)
+            case "inverse":
+                return _call("solved", self.functions[node], *args[-3:])
             case "neg":
                 return Text(f"-{args[0].within(RANK['neg'])}", RANK["neg"])
             case "where" if data["kind"] == "condition":
@@ -214,8 +231,8 @@ class Writer:
     # ---- derivatives
 
     def _along(self, node: int) -> None:
-        """Writes the function that is differentiated."""
-        body, *variables = self.graph[node]["args"][:3]
+        """Writes the function that is differentiated or solved."""
+        body, variables, _ = bound(self.graph, node)
         inner = Writer(self.graph, dict(self.texts), [], self.called, {}, self.indent + INDENT)
         names = [inner.name(v) for v in variables]
         inner.texts |= {v: Text(n) for v, n in zip(variables, names, strict=True)}
@@ -244,10 +261,11 @@ def _call(function: str, *args: Text | str) -> Text:
     return Text(f"{function}({listed})")
 
 
-def _network(args: list[Text], extras: Sequence[str]) -> Text:
-    net, x, tau, cond, _, *extra = args
+def _network(function: str, args: list[Text], extras: Sequence[str]) -> Text:
+    net, x, tau, cond, dropout, *extra = args
     named = [f"{n}={e.text}" for n, e in zip(extras, extra, strict=True)]
-    return _call("call_network", net, x, tau, cond, *named)
+    named += ["masks=draw.masks"] * (dropout.text == "True")
+    return _call(function, net, x, tau, cond, *named)
 
 
 def _infix(op: str, a: Text, b: Text) -> Text:
@@ -332,7 +350,7 @@ def fixed_nodes(graph: Graph) -> set[int]:
 def _head(title: str, body: str, further: Mapping[str, Sequence[str]]) -> list[str]:
     """The docstring and the imports that the body needs."""
     wanted = {OPERATORS: [n for n in OWN if re.search(rf"(?<![\w.]){n}\(", body)]}
-    wanted["difftrain.compiler.network"] = ["call_network"] * ("call_network(" in body)
+    wanted["difftrain.compiler.network"] = [n for n in CALLS if f"{n}(" in body]
     listed = imports({**wanted, **further})
     return [f'"""{title}"""', "", "import torch", *[""] * bool(listed), *listed, "", ""]
 

@@ -10,15 +10,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from difftrain.compiler.network import call_network
-from difftrain.compiler.operations import TORCH, rows
+from difftrain.compiler.network import apply_module, call_network, call_tapped
+from difftrain.compiler.operations import TORCH, rows, solved
 from difftrain.graph.graph import Graph
+
+BINDERS = {"jvp": 2, "inverse": 1}  # operations on a function, with how many variables it has
 
 
 def interpret(graph: Graph, inputs: Mapping[str, object], draws, nets: Mapping) -> dict:
     """The values of the outputs. `inputs` holds what the graph is given by name, `draws` is a
     `Draws`, `nets` maps net names to callables `network(x, t, cond, **extra)`. An output inside a
-    derivative has no value of its own."""
+    binder has no value of its own."""
     values: dict[int, object] = {}
     inside = inside_derivatives(graph)
     for node in graph.order():
@@ -33,14 +35,21 @@ def inside_derivatives(graph: Graph) -> set[int]:
     for node in graph.order():
         data = graph[node]
         free = data["op"] == "variable" or any(a in result for a in data["args"])
-        if free and not (data["op"] == "jvp" and _closed(graph, node, result)):
+        if free and not (data["op"] in BINDERS and _closed(graph, node, result)):
             result.add(node)
     return result
 
 
+def bound(graph: Graph, node: int) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """The body of a binder, its variables, and what it reads outside."""
+    body, *rest = graph[node]["args"]
+    count = BINDERS[graph[node]["op"]]
+    return body, tuple(rest[:count]), tuple(rest[count:])
+
+
 def _closed(graph: Graph, node: int, inside: set[int]) -> bool:
-    """Whether a derivative depends on no variable but its own."""
-    return not any(a in inside for a in graph[node]["args"][3:])
+    """Whether a binder depends on no variable but its own."""
+    return not any(a in inside for a in bound(graph, node)[2])
 
 
 def _value(graph, node, values, inputs, draws, nets, inside):
@@ -56,9 +65,13 @@ def _value(graph, node, values, inputs, draws, nets, inside):
         case "draw":
             return getattr(draws, attrs["law"])(attrs["name"], *(values[a] for a in args))
         case "network":
-            return _network(values, args, attrs)
-        case "jvp":
-            return _derivative(graph, node, values, inputs, draws, nets, inside)
+            return _network(graph, data, values, draws)
+        case "tap":
+            return _network(graph, graph[args[0]], values, draws, call_tapped)[1]
+        case "apply":
+            return apply_module(*(values[a] for a in args))
+        case "jvp" | "inverse":
+            return _bound(graph, node, values, inputs, draws, nets, inside)
         case "where" if data["kind"] == "condition":
             return rows(*(values[a] for a in args))
     operands = [
@@ -75,16 +88,18 @@ def _spread(value, kind: str, target: str, values, graph, args):
     return TORCH["widen"](value, like)
 
 
-def _network(values, args, attrs):
-    net, x, tau, cond, _, *extra = (values[a] for a in args)
-    named = dict(zip(attrs["extras"], extra, strict=True))
-    with torch.set_grad_enabled(torch.is_grad_enabled() and attrs.get("grad", True)):
-        return call_network(net, x, tau, cond, **named)
+def _network(graph, data, values, draws, call=call_network):
+    net, x, tau, cond, dropout, *extra = (values[a] for a in data["args"])
+    named = dict(zip(data["attrs"]["extras"], extra, strict=True))
+    if dropout:
+        named["masks"] = draws.masks
+    grad = data["attrs"].get("grad", True)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and grad):
+        return call(net, x, tau, cond, **named)
 
 
-def _derivative(graph, node, values, inputs, draws, nets, inside):
-    body, *rest = graph[node]["args"]
-    variables, (t, xt, one, flow) = rest[:2], (values[a] for a in rest[2:])
+def _bound(graph, node, values, inputs, draws, nets, inside):
+    body, variables, rest = bound(graph, node)
     members = [n for n in graph.order() if n in inside and n in graph.below(body)]
 
     def function(*at):
@@ -94,4 +109,8 @@ def _derivative(graph, node, values, inputs, draws, nets, inside):
                 local[member] = _value(graph, member, local, inputs, draws, nets, inside)
         return local[body]
 
+    outside = [values[a] for a in rest]
+    if graph[node]["op"] == "inverse":
+        return solved(function, *outside)
+    t, xt, one, flow = outside
     return torch.func.jvp(function, (t, xt), (one * torch.ones_like(t), flow))[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 
 from difftrain.answer import unwrap
 from difftrain.compiler.draws import Draws
+from difftrain.compiler.heads import LogVariance
 from difftrain.compiler.program import Program, compile_quantities
 from difftrain.graph.build import BEFORE
 from difftrain.language.derive import INPUTS
 from difftrain.language.finding import Finding, Label, SpecError
+from difftrain.language.meaning import lacking
 from difftrain.language.nearest import nearest
+from difftrain.language.numbers import draws as draws_of
 from difftrain.language.numbers import value
 from difftrain.language.scheduler import with_scheduler
 from difftrain.language.scope import DERIVED
@@ -23,16 +27,18 @@ from difftrain.language.term import Term, walk
 from difftrain.language.worlds import Problem
 
 OPTIONAL = ("cond", "null")  # inputs that may be left out: no condition
+TRAINED = ("project", "logvar")  # modules beside the network that are trained with it
 HALF = (torch.float16, torch.bfloat16)
 
 
 class Objective(nn.Module):
     """What a spec declares, around `network(x, t, cond, **extra)`.
 
-    `parameters()` holds the network and every trained part. `modules` holds frozen ones ("teacher",
-    ...): they move with `.to`, but are never trained, saved or switched to training. A "scheduler"
-    among them, or the path of its configuration, stands in for the process. Calling the objective
-    is `loss`.
+    `parameters()` holds the network and every trained part: "project" and "logvar" of `modules`
+    are trained with it (a `logvar` that is not given is made). The others ("teacher", "vision",
+    averaged copies by name, or as "ema") are frozen: they move with `.to`, but are never trained,
+    saved or switched to training. A "scheduler" among them, or the path of its configuration,
+    stands in for the process. Calling the objective is `loss`.
     """
 
     def __init__(self, declared: Declared, network, modules: Mapping | None = None):
@@ -40,10 +46,19 @@ class Objective(nn.Module):
         frozen = dict(modules or {})
         scheduler = frozen.pop("scheduler", None)
         self.declared = declared if scheduler is None else with_scheduler(declared, scheduler)
+        heads = {name: frozen.pop(name) for name in TRAINED if name in frozen}
+        read, self.averages = modules_read(self.declared)
+        if "logvar" in read and "logvar" not in heads:
+            heads["logvar"] = LogVariance()
         if isinstance(network, nn.Module):
             self.network = network
+        for name, head in heads.items():
+            if isinstance(head, nn.Module):
+                self.add_module(name, head)
+        for name in self.averages:
+            frozen[name] = _average(name, frozen, network)
         # outside the registry: frozen parts are not among the parameters
-        object.__setattr__(self, "nets", {"student": network, **frozen})
+        object.__setattr__(self, "nets", {"student": network, **heads, **frozen})
         object.__setattr__(self, "frozen", [m for m in frozen.values() if _is_other(m, network)])
         for module in self.frozen:
             module.requires_grad_(False).eval()
@@ -89,7 +104,7 @@ class Objective(nn.Module):
         program = self.program(wanted, free, fixed)
         like = _like(given)
         rows = torch.arange(len(like), device=like.device) if index is None else index
-        draws = Draws(seed, step, rows, _wide(like.dtype))
+        draws = Draws(seed, step, rows, _wide(like.dtype), dropout=self.training)
         step = torch.as_tensor(step, device=like.device)
         data = {n: v if n in OPTIONAL else _widened(v) for n, v in given.items()}
         inputs = {**dict.fromkeys(OPTIONAL), "step": step, **data}
@@ -155,13 +170,39 @@ class Objective(nn.Module):
         """What the prediction is compared with, [B, ...]."""
         return self._at("target", t, {"x0": x, "eps": n, "cond": cond, "null": null}, **key)
 
-    def pred(self, x_t: Tensor, t: Tensor, cond=None) -> Tensor:
-        """The ODE tangent at (x_t, t): the language's `flow_hat`, [B, ...]."""
-        return self._at("flow_hat", t, {"xt": x_t, "cond": cond}, ("t", "xt"))
+    def pred(self, x_t: Tensor, t: Tensor, cond=None, **given) -> Tensor:
+        """The ODE tangent at (x_t, t): the language's `flow_hat`, [B, ...].
 
-    def score(self, x_t: Tensor, t: Tensor, cond=None) -> Tensor:
-        """The score at (x_t, t), -eps_hat / sigma, [B, ...]."""
-        return self._at("score_hat", t, {"xt": x_t, "cond": cond}, ("t", "xt"))
+        With two times it is the tangent of this moment (r = t), unless `r` is given; `given` holds
+        further inputs of the network. Raises SpecError where the objective has no such thing.
+        """
+        return self._estimate("flow_hat", x_t, t, cond, given)
+
+    def score(self, x_t: Tensor, t: Tensor, cond=None, **given) -> Tensor:
+        """The score at (x_t, t), -eps_hat / sigma, [B, ...]; `given` as in `pred`.
+
+        Raises SpecError where the objective has no score: a consistency function is no estimate of
+        the mean, and noise that is not standard normal has another score.
+        """
+        return self._estimate("score_hat", x_t, t, cond, given)
+
+    def _estimate(self, name: str, x_t: Tensor, t: Tensor, cond, given: Mapping) -> Tensor:
+        if problem := lacking(self.declared, name):
+            raise SpecError([problem])
+        own = {"xt": x_t, "cond": cond, **given}
+        return self._at(name, t, own, ("t", "xt", *(n for n in given if n not in OPTIONAL)))
+
+    def update_averages(self, step: int) -> None:
+        """Moves every averaged copy towards the network, after the optimizer's update number
+        `step` (from 1)."""
+        with torch.no_grad():
+            for name, decay in self.averages.items():
+                weight = value(decay, _steps(decay, step))
+                theirs = self.nets[name].parameters()
+                for own, new in zip(theirs, self.network.parameters(), strict=True):
+                    own.lerp_(new, 1 - weight)
+                for own, new in zip(self.nets[name].buffers(), self.network.buffers(), strict=True):
+                    own.copy_(new)
 
     def loss(
         self, x: Tensor, cond=None, *, null=None, t=None, eps=None, step=0, seed=0, index=None,
@@ -209,8 +250,8 @@ class Objective(nn.Module):
 
     def _levels(self) -> int | None:
         """How many levels a discrete process has."""
-        tables = [t.args[0] for t in walk(self.declared.quantity("alpha")) if t.op == "pick"]
-        return len(value(tables[0], {})) if tables else None
+        found = [d for d in draws_of(self.declared.quantity("t")) if d["law"] == "integer"]
+        return int(value(found[0].args[0], {})) if found else None
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha * x0 + sigma * noise at timesteps [B]."""
@@ -222,6 +263,29 @@ class Objective(nn.Module):
         levels = self._compute(("alpha", "sigma"), given, ("t",)).values()
         alpha, sigma = (v.reshape(-1, *(1,) * (x0.dim() - 1)) for v in levels)
         return alpha * noise - sigma * x0
+
+
+def modules_read(declared: Declared) -> tuple[tuple[str, ...], dict[str, Term]]:
+    """The names of the modules that the loss reads, and the decay of each averaged copy."""
+    derivation = declared.derivation()
+    with suppress(Problem):
+        derivation.read("loss")
+    loss = derivation.memo.get(("loss", derivation.home))
+    names = {t["name"] for t in walk(loss) if t.op == "module"} if loss is not None else set()
+    averages = {n: d for n, d in derivation.averages.items() if n in names}
+    return tuple(sorted(names)), averages
+
+
+def _average(name: str, given: Mapping, network):
+    """An averaged copy: the one that is given, or a copy of the network as it is."""
+    for key in (name, name.rpartition(".")[2], "ema"):
+        if key in given:
+            return given[key]
+    return copy.deepcopy(network) if isinstance(network, nn.Module) else network
+
+
+def _steps(term: Term, step: int) -> dict[Term, object]:
+    return {t: step for t in walk(term) if t.op == "input" and t["name"] == "step"}
 
 
 def _is_other(module, network) -> bool:

@@ -5,6 +5,7 @@ Samples are [B], fields [B, ...], tokens [B, T, D], tables [N]. The emitted step
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 
@@ -116,6 +117,40 @@ def last(x: Tensor) -> Tensor:
     return x[-1]
 
 
+def zeros(x: Tensor) -> Tensor:
+    """Zeros of this shape."""
+    return torch.zeros_like(x)
+
+
+HALVINGS = 60  # of a bisection: about all the digits that a double has
+
+
+def solved(function: Callable, wanted: Tensor, low: float, high: float) -> Tensor:
+    """Where a monotone function [B] -> [B] has the wanted values [B], by bisection between two
+    ends, of which either may be infinite. No gradient."""
+    with torch.no_grad():
+        start = torch.full_like(wanted, 0.25), torch.full_like(wanted, 0.75)
+        first, second = (function(between(low, high, s)) for s in start)
+        rising = second > first
+        left, right = torch.zeros_like(wanted), torch.ones_like(wanted)
+        for _ in range(HALVINGS):
+            middle = (left + right) / 2
+            above = (function(between(low, high, middle)) < wanted) == rising
+            left, right = torch.where(above, middle, left), torch.where(above, right, middle)
+        return between(low, high, (left + right) / 2)
+
+
+def between(low: float, high: float, share: Tensor) -> Tensor:
+    """A point between two ends, of which either may be infinite; share [B] is in (0, 1)."""
+    if math.isinf(low) and math.isinf(high):
+        return torch.log(share / (1 - share))
+    if math.isinf(high):
+        return low + share / (1 - share)
+    if math.isinf(low):
+        return high - (1 - share) / share
+    return low + (high - low) * share
+
+
 def stop(x):
     """The value, without gradient."""
     return x.detach() if isinstance(x, Tensor) else x
@@ -143,6 +178,7 @@ FUNCTIONS: dict[str, Callable] = {
     "cosine": cosine,
     "numel": numel,
     "pool": pool,
+    "zeros": zeros,
     "count": count,
     "cumprod": cumprod,
     "first": first,

@@ -13,7 +13,7 @@ from difftrain.language.operations import OPERATIONS
 
 ELEMENTWISE = {name for name, op in OPERATIONS.items() if op.kind is OPERATIONS["add"].kind}
 ELEMENTWISE |= {"where", "eq", "ne"}
-TRAINED = ("network", "jvp")  # what a gradient can reach
+TRAINED = ("network", "jvp", "apply")  # what a gradient can reach
 CONDITIONS = ("cond", "null")  # and these, where their encoder is trained
 SHAPED = ("x0", "xt")  # what says the shape of the data
 

@@ -15,6 +15,9 @@ OTHERS = {
     "draw": (0, ("law", "name")),
     "network": (5, ("extras",)),
     "jvp": (7, ()),
+    "inverse": (5, ()),
+    "tap": (1, ()),
+    "apply": (2, ()),
     "widen": (2, ()),
 }
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Definition, collect
-from difftrain.language.scope import Equations, Scope, Use, bind
+from difftrain.language.scope import Equations, Scope, Use
 from difftrain.language.syntax import parse
 from difftrain.language.tree import Block, Call, Define, Expr, Name, Source
-from difftrain.language.values import read_value, use_of
+from difftrain.language.uses import bind, use_of
+from difftrain.language.values import read_value
 
 MODULE = "scheduler_config"
 FILES = ("scheduler_config.json", "scheduler/scheduler_config.json")

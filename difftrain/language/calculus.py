@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from difftrain.language.term import Term, const, is_const, make, walk
+from difftrain.language.term import Term, const, is_const, make, rebuild, walk
 
 
 class NoDerivative(Exception):
@@ -58,6 +58,10 @@ def _slope(part: Term, variable: Term, slopes: dict[Term, Term]) -> Term:
     below = [slopes[a] for a in part.args]
     if all(is_const(d, 0) for d in below):
         return const(0)
+    if part.op == "inverse":
+        body, inner = part.args[:2]
+        slope = derivative(body, inner)
+        return slopes[part.args[2]] / rebuild(slope, lambda t, args: part if t is inner else None)
     if part.op == "where":
         return make("where", part.args[0], *below[1:])
     if part.op not in SLOPES:

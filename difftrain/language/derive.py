@@ -17,8 +17,10 @@ from difftrain.language.finding import Finding, Label
 from difftrain.language.forms import SPECIAL
 from difftrain.language.names import Definition
 from difftrain.language.operations import CONSTANTS, LAWS, NAMES, OPERATIONS, KindError
+from difftrain.language.part import Interface
 from difftrain.language.references import circle, circular
 from difftrain.language.scope import DERIVED, NETS, OPEN, Equation, Equations, Scope, own_name
+from difftrain.language.teacher import taught
 from difftrain.language.term import Term, const, leaf, make, rebuild, walk, word
 from difftrain.language.tree import (
     Argument,
@@ -35,6 +37,7 @@ from difftrain.language.tree import (
 )
 from difftrain.language.worlds import ALL, HERE, Frame, Function, Problem, Thunk, World
 
+TAUGHT = ("output", "pred", "x0_hat", "eps_hat")  # what a teacher's own equations say
 OPS = {"+": "add", "-": "sub", "*": "mul", "/": "div", "^": "pow"}
 OPS |= {"<": "lt", "<=": "le", ">": "gt", ">=": "ge", "==": "eq", "!=": "ne"}
 INPUTS = {"x0": "field", "cond": "condition", "null": "condition", "step": "scalar"}
@@ -48,9 +51,11 @@ class Derivation:
 
     equations: Equations
     given: frozenset[str] = frozenset()
-    times: tuple[str, ...] = ("t",)
-    inputs: tuple[str, ...] = ()
+    interface: Interface = Interface()
+    teacher: Derivation | None = None  # of the teacher's own objective, where it has one
+    net: str = "student"  # the net that these equations are about
     home: World = HERE  # the world that `read` starts from
+    averages: dict[str, Term] = field(default_factory=dict)  # name -> decay, as met
     memo: dict = field(default_factory=dict)
     active: list = field(default_factory=list)
     read_equations: set = field(default_factory=set)
@@ -66,7 +71,9 @@ class Derivation:
         With xt among them nothing is trained, and no condition is dropped."""
         inputs = {n: leaf("input", self._kind(n), name=n) for n in names}
         calm = {"dropped": const(False), "dropout": const(False)} if "xt" in inputs else {}
-        self.home = HERE.swap({**inputs, **calm})
+        if calm and "r" in self.equations.versions and "t" in inputs:
+            calm["r"] = inputs["t"]  # an estimate is one of this moment
+        self.home = HERE.swap({**calm, **inputs})
 
     def read(self, name: str, world: World | None = None, at: Expr | None = None) -> Term:
         """The term of a quantity in a world. Raises Problem."""
@@ -90,6 +97,8 @@ class Derivation:
 
     def _derive(self, name: str, world: World, at) -> Term:
         self.read_names.add(name)
+        if name in TAUGHT and self.teacher and _taught(world):
+            return taught(self, name, world, at)
         if name in DERIVED:
             return self.row(world, at)[DERIVED.index(name)]
         versions = self.equations.versions.get(name)
@@ -226,7 +235,7 @@ class Derivation:
     def qualified(self, path: tuple[str, ...], scope: Scope) -> str | None:
         """The quantity that a name means in a scope."""
         name = ".".join(path)
-        local = scope.locals.get(path[0]) if len(path) == 1 else None
+        local = scope.locals.get(name)
         for candidate in (local, name):
             if candidate and (candidate in self.equations.versions or candidate in INPUTS):
                 return candidate
@@ -275,8 +284,10 @@ class Derivation:
                 return target
             raise Problem(mistakes.not_callable(expr))
         values = {}
+        block = name.rpartition(".")[0]
+        within = self.equations.scopes[block] if block else frame.scope
         for argument in expr.args:
-            inner = self.qualified((argument.name,), frame.scope)
+            inner = self.qualified((argument.name,), within)
             if inner is None:
                 raise Problem(self._unknown((argument.name,), argument, frame))
             values[inner] = self.value(argument.value, frame)
@@ -347,6 +358,12 @@ class Derivation:
         local = [*home.known("param"), *frame.env, *scope.locals, *scope.words]
         known = [*local, *self.equations.versions, *INPUTS, *NETS, *OPERATIONS, *LAWS, *SPECIAL]
         return mistakes.unknown(name, [*known, *home.known("function")], at)
+
+
+def _taught(world: World) -> bool:
+    """Whether the net of a world is the teacher."""
+    net = dict(world.swaps).get("net")
+    return isinstance(net, Term) and net.op == "module" and net["name"] == "teacher"
 
 
 def _formals(definition: Definition) -> dict[str, Formal]:

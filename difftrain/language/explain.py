@@ -264,7 +264,7 @@ def _backbone(objective: Objective) -> str:
     backbone = objective.backbone
     if backbone is None:
         return "none is declared"
-    reads = ", ".join(("xt", *backbone.times, *backbone.inputs, "cond"))
+    reads = ", ".join(("xt", *backbone.interface.times, *backbone.interface.inputs, "cond"))
     return f"`{backbone.part.module}` reads {reads}"
 
 

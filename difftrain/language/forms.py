@@ -3,13 +3,20 @@ something that a function cannot. Each is `(derivation, call, frame) -> Term`.""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from difftrain.language import mistakes
 from difftrain.language.calculus import NoDerivative, derivative
 from difftrain.language.finding import Finding, Label
-from difftrain.language.term import Term, const, leaf, rebuild
+from difftrain.language.inverse import solved
+from difftrain.language.numbers import between, draws, support
+from difftrain.language.numbers import value as number_of
+from difftrain.language.part import Interface
+from difftrain.language.term import Term, const, leaf, make, rebuild
 from difftrain.language.tree import Call
 from difftrain.language.worlds import ALL, Frame, Problem
 
@@ -17,6 +24,12 @@ if TYPE_CHECKING:
     from difftrain.language.derive import Derivation
 
 STILL = ("r", "cond", "guess", "x0", "eps")  # what `ddt` holds fixed, beside every draw
+# Modules that are applied to a value: the kind that each is given, and the kind that it returns.
+HEADS = {
+    "project": ("tokens", "tokens"),
+    "vision": ("field", "tokens"),
+    "logvar": ("sample", "sample"),
+}
 
 
 def _again(self: Derivation, expr: Call, frame: Frame) -> Term:
@@ -32,12 +45,19 @@ def _again(self: Derivation, expr: Call, frame: Frame) -> Term:
     return rebuild(law, fresh)
 
 
+def clock(self: Derivation) -> str:
+    """What moves along the path: `time`, where a process counts it apart from `t`, or `t`."""
+    (first, *_) = self.equations.versions.get("time", (None,))
+    return "t" if first is None or getattr(first.value, "path", ()) == ("t",) else "time"
+
+
 def _dot(self: Derivation, expr: Call, frame: Frame) -> Term:
-    """`dot(e)`: the derivative in t, nothing else moving."""
+    """`dot(e)`: the derivative in time, nothing else moving."""
     argument = self.only(expr)
-    t = self.read("t", frame.world, expr)
+    name = clock(self)
+    now = self.read(name, frame.world, expr)
     moving = leaf("variable", "sample", name="t")
-    inner = Frame(frame.scope, frame.env, frame.world.swap({"t": moving}))
+    inner = Frame(frame.scope, frame.env, frame.world.swap({name: moving}))
     value = self.number(argument.value, inner)
     try:
         slope = derivative(value, moving)
@@ -51,17 +71,18 @@ def _dot(self: Derivation, expr: Call, frame: Frame) -> Term:
                 help="use a continuous process such as `linear`, or another prediction type",
             )
         ) from None
-    return rebuild(slope, lambda term, args: t if term is moving else None)
+    return rebuild(slope, lambda term, args: now if term is moving else None)
 
 
 def _ddt(self: Derivation, expr: Call, frame: Frame) -> Term:
-    """`ddt(e)`: forward-mode derivative of e, t moving with 1 and xt with `flow`."""
+    """`ddt(e)`: forward-mode derivative of e, time moving with 1 and xt with `flow`."""
     argument = self.only(expr)
     self.depth += 1
-    names = ("t", "xt")
+    names = (clock(self), "xt")
     at = [self.read(n, frame.world, expr) for n in names]
+    titles = ("t", "xt")
     moving = [
-        leaf("variable", a.kind, name=f"{n}.{self.depth}") for n, a in zip(names, at, strict=True)
+        leaf("variable", a.kind, name=f"{n}.{self.depth}") for n, a in zip(titles, at, strict=True)
     ]
     held = {
         n: self.read(n, frame.world)
@@ -75,31 +96,117 @@ def _ddt(self: Derivation, expr: Call, frame: Frame) -> Term:
     return leaf("jvp", body.kind, body, *moving, *at, const(1), flow, span=expr.span)
 
 
+# ---- networks and other modules
+
+
 def _network(self: Derivation, expr: Call, frame: Frame) -> Term:
     """`network(x, tau, cond)` of the current net, with its further times and inputs."""
     x, tau, cond = self.positional(expr, frame, 3)
     world = frame.world
-    times = [self.read(n, world, expr) for n in self.times[1:]]
+    net = self.read("net", world, expr)
+    given = self.interface if net["name"] in (self.net, *self.averages) else Interface()
+    times = [self.read(n, world, expr) for n in given.times[1:]]
     extra = [self.read("c_noise", world.swap({"t": t}), expr) for t in times]
-    extra += [self.read(n, world, expr) for n in self.inputs]
-    names = tuple(n.rpartition(".")[2] for n in (*self.times[1:], *self.inputs))
-    return leaf(
-        "network",
-        "field",
-        self.read("net", world, expr),
-        x,
-        tau,
-        cond,
-        self.read("dropout", world, expr),
-        *extra,
-        span=expr.span,
-        extras=names,
-    )
+    extra += [self.read(n, world, expr) for n in given.inputs]
+    names = tuple(n.rpartition(".")[2] for n in (*given.times[1:], *given.inputs))
+    masks = self.read("dropout", world, expr) if given.dropout else const(False)
+    return leaf("network", "field", net, x, tau, cond, masks, *extra, span=expr.span, extras=names)
+
+
+def _features(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`features(output)`: the tokens that a network returns beside its output."""
+    argument = self.only(expr)
+    output = self.number(argument.value, frame)
+    if output.op != "network":
+        text = f"`{argument.span.text}` is not what a network returned"
+        hint = "write `features(output)`"
+        raise Problem(Finding("DIF121", text, Label(argument.span), help=hint))
+    return leaf("tap", "tokens", output, span=expr.span)
+
+
+def _head(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`project(tokens)`, `vision(image)`, `logvar(c_noise)`: a module applied to a value."""
+    takes, gives = HEADS[expr.dotted]
+    (value,) = self.positional(expr, frame, 1)
+    if value.kind not in (takes, "scalar" if takes == "sample" else takes):
+        raise Problem(mistakes.head(expr, takes, value.kind))
+    module = leaf("module", "module", name=expr.dotted)
+    return leaf("apply", gives, module, value, span=expr.span)
+
+
+def _average(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`name = average(decay)`: a copy of the student that follows it; the decay is in `step`."""
+    decay = self.number(self.only(expr).value, frame)
+    name = self.active[-1][0]
+    if decay.kind != "scalar":
+        text = "the decay of an average is one number for the whole batch"
+        hint = "write a number or an expression in `step`"
+        raise Problem(Finding("DIF121", text, Label(expr.span), help=hint))
+    self.averages[name] = decay
+    return leaf("module", "module", name=name)
+
+
+# ---- laws
+
+
+def _inverse(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`inverse(q, v)`: the time at which q, a monotone quantity of the process, is v."""
+    quantity, wanted = expr.args
+    value = self.number(wanted.value, frame)
+    if clock(self) != "t":
+        text = f"`{quantity.span.text}` of an index has no inverse"
+        hint = "put the law on `t`, the index, or use the process without its grid"
+        raise Problem(Finding("DIF215", text, Label(expr.span), help=hint))
+    moving = leaf("variable", "sample", name="t")
+    world = frame.world.swap({"t": moving})
+    body = self.number(quantity.value, Frame(frame.scope, frame.env, world))
+    own = self.equations.process_time()
+    ends = support(self.law(own)) if own else None
+    low, high = (ends.low, ends.high) if ends else (0.0, 1.0)
+    if not _monotone(body, moving, low, high):
+        raise Problem(mistakes.not_monotone(quantity, expr))
+    return solved(body, moving, value, low, high)
+
+
+def _monotone(body: Term, moving: Term, low: float, high: float) -> bool:
+    shares = [i / 16 for i in range(1, 16)]
+    seen = [number_of(body, {moving: between(low, high, s)}) for s in shares]
+    return all(a < b for a, b in pairwise(seen)) or all(a > b for a, b in pairwise(seen))
+
+
+def _density(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`density(q, v)`: how likely the law of the draw q makes the value v."""
+    drawn, at = (self.number(a.value, frame) for a in expr.args)
+    leaves = draws(drawn)
+    if len(leaves) != 1 or leaves[0]["law"] not in ("uniform", "normal", "integer"):
+        text = f"`{expr.args[0].span.text}` has no density that could be written down"
+        because = "a density is that of a monotone map of one uniform or normal draw"
+        raise Problem(Finding("DIF215", text, Label(expr.args[0].span), because=because))
+    (draw,) = leaves
+    if draw["law"] == "integer":
+        return 1 / draw.args[0]
+    base = leaf("variable", "sample", name="base")
+    body = rebuild(drawn, lambda term, args: base if term is draw else None)
+    first, second = draw.args
+    uniform = draw["law"] == "uniform"
+    low, high = (number_of(a, {}) for a in draw.args) if uniform else (-math.inf, math.inf)
+    found = solved(body, base, at, low, high)
+    slope = rebuild(derivative(body, base), lambda term, args: found if term is base else None)
+    if uniform:
+        return 1 / ((second - first) * make("abs", slope))
+    z = (found - first) / second
+    bell = make("exp", -(z**2) / 2) / (second * math.sqrt(2 * math.pi))
+    return bell / make("abs", slope)
 
 
 SPECIAL: dict[str, Callable] = {
     "again": _again,
-    "dot": _dot,
+    "average": _average,
     "ddt": _ddt,
+    "density": _density,
+    "dot": _dot,
+    "features": _features,
+    "inverse": _inverse,
     "network": _network,
+    **dict.fromkeys(HEADS, _head),
 }

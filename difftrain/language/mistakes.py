@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from difftrain.language.finding import Finding, Label
 from difftrain.language.nearest import nearest
+from difftrain.language.operations import NAMES
 from difftrain.language.scope import Equations
 from difftrain.language.tree import Argument, Call, Expr, Span
 from difftrain.language.worlds import Function
@@ -99,3 +100,21 @@ def bad_argument(function: Function, argument: Argument, name: str | None) -> Fi
 def arity(expr: Call, count: int) -> Finding:
     text = f"`{expr.dotted}` takes {count} argument{'s' * (count != 1)} by position"
     return Finding("DIF111", text, Label(expr.span))
+
+
+def head(expr: Call, takes: str, given: str) -> Finding:
+    """A module is applied to a value of another shape than it takes."""
+    text = f"`{expr.dotted}` takes {NAMES[takes]}, and is given {NAMES.get(given, given)}"
+    usual = {"project": "project(tap)", "vision": "vision(image)", "logvar": "logvar(c_noise)"}
+    hint = f"write `{usual[expr.dotted]}`"
+    return Finding("DIF121", text, Label(expr.span), help=hint)
+
+
+def not_monotone(quantity: Argument, expr: Call) -> Finding:
+    return Finding(
+        "DIF215",
+        f"a law of `{quantity.span.text}` does not say what `t` is",
+        Label(expr.span),
+        because=f"`{quantity.span.text}` neither always rises nor always falls with `t`",
+        help="put the law on `t`, or on `logsnr`",
+    )

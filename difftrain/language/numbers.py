@@ -17,6 +17,7 @@ NORMAL = NormalDist()
 QUANTILES = tuple(i / 32 for i in range(33))
 COARSE = (0.03, 0.31, 0.64, 0.97)
 ENDS = (0, 0.31, 0.64, 1)
+HALVINGS = 60  # of a bisection: about all the digits that a double has
 MOST = 10_000  # indices of a law that are looked at one by one
 
 
@@ -90,6 +91,8 @@ class _Both:
 def _compute(part: Term, done) -> object:
     if part.op in ("const", "word"):
         return part.value
+    if part.op == "inverse":
+        return _solve(part, done)
     if part.op == "jvp" or part.op not in OPERATIONS or OPERATIONS[part.op].scalar is None:
         return math.nan
     try:
@@ -98,6 +101,36 @@ def _compute(part: Term, done) -> object:
         return _limit(part, done)
     except (ValueError, OverflowError, IndexError, TypeError):
         return math.nan
+
+
+def _solve(part: Term, done) -> float:
+    """Where the body of an inverse has the wanted value, by bisection."""
+    body, variable, wanted = part.args[:3]
+    low, high = (a.value for a in part.args[3:])
+    still = {t: done[t] for t in draws(body)}
+
+    def at(share: float) -> float:
+        return value(body, {**still, variable: between(low, high, share)})
+
+    if math.isnan(done[wanted]):
+        return math.nan
+    rising = at(0.75) > at(0.25)
+    left, right = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (left + right) / 2
+        left, right = (middle, right) if (at(middle) < done[wanted]) == rising else (left, middle)
+    return between(low, high, (left + right) / 2)
+
+
+def between(low: float, high: float, share: float) -> float:
+    """A point between two ends, of which either may be infinite; share is in (0, 1)."""
+    if math.isinf(low) and math.isinf(high):
+        return math.log(share / (1 - share))
+    if math.isinf(high):
+        return low + share / (1 - share)
+    if math.isinf(low):
+        return high - (1 - share) / share
+    return low + (high - low) * share
 
 
 def _limit(part: Term, done) -> float:

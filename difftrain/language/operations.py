@@ -175,6 +175,7 @@ OPERATIONS: dict[str, Operation] = {
     "cosine": Operation(2, _same, doc="the cosine similarity over channels"),
     "numel": Operation(1, _scalar, doc="how many numbers one sample has"),
     "pool": Operation(1, _same, doc="the mean over space, [B, C, 1, 1]"),
+    "zeros": Operation(1, _same, lambda x: 0, "zeros of this shape"),
     "count": Operation(1, _table, _count, "0, 1, ..., n - 1"),
     "cumprod": Operation(
         1, _table, lambda x: list(accumulate(x, operator.mul)), "the running product of a table"

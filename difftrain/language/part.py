@@ -7,6 +7,16 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Interface:
+    """What a network is given besides the scaled xt and the condition: the quantities it takes as
+    times (the first is `t`) and as further inputs, and whether its dropout has masks of its own."""
+
+    times: tuple[str, ...] = ("t",)
+    inputs: tuple[str, ...] = ()
+    dropout: bool = False
+
+
+@dataclass(frozen=True)
 class Part:
     """Which builder of `difftrain.models` makes a module, and with what.
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from difftrain.language.adopt import adopted
 from difftrain.language.derive import Derivation
 from difftrain.language.finding import Finding, Fix, Label, SpecError
+from difftrain.language.laws import on_time
+from difftrain.language.layers import add_statements, add_use
 from difftrain.language.names import RUN_KINDS, Names, collect, is_library, standard
 from difftrain.language.nearest import nearest
 from difftrain.language.options import Run, read_run
-from difftrain.language.part import Part
+from difftrain.language.part import Interface, Part
 from difftrain.language.scope import (
     GIVEN,
     OPEN,
     Equations,
     Scope,
     Use,
-    add_statements,
-    add_use,
     is_function,
 )
 from difftrain.language.syntax import parse
@@ -32,12 +32,14 @@ from difftrain.language.tree import (
     Draw,
     Expr,
     ListOf,
+    Name,
     Redefine,
     Source,
     Span,
     Tree,
 )
-from difftrain.language.values import read_part, use_of
+from difftrain.language.uses import use_of
+from difftrain.language.values import read_part
 from difftrain.language.worlds import Problem
 
 SLOTS = {"process": "process", "prediction_type": "prediction", "strategy": "strategy"}
@@ -48,8 +50,7 @@ class Backbone:
     """The network of an objective: which module, what it reads besides xt, where it was written."""
 
     part: Part
-    times: tuple[str, ...]
-    inputs: tuple[str, ...]
+    interface: Interface
     uses: tuple[Use, ...]
 
 
@@ -63,13 +64,14 @@ class Objective:
     equations: Equations
     slots: Mapping[str, tuple[Use, ...]]
     backbone: Backbone | None
+    teacher: Objective | None = None  # what the frozen net was trained on, where it is said
+    vision: Part | None = None  # the frozen encoder of pictures
 
-    def derivation(self, given=()) -> Derivation:
-        """A fresh derivation; `given` names are inputs."""
-        times, inputs = (
-            (self.backbone.times, self.backbone.inputs) if self.backbone else (("t",), ())
-        )
-        return Derivation(self.equations, frozenset(given), times, inputs)
+    def derivation(self, given=(), net: str = "student") -> Derivation:
+        """A fresh derivation; `given` names are inputs, `net` is what is trained."""
+        interface = self.backbone.interface if self.backbone else Interface()
+        teacher = self.teacher.derivation(net="teacher") if self.teacher else None
+        return Derivation(self.equations, frozenset(given), interface, teacher, net)
 
     def quantity(self, name: str) -> Term:
         """The term of a quantity, after all redefinitions. Raises SpecError."""
@@ -93,8 +95,10 @@ class Spec:
 
     def objective(self, name: str | None = None) -> Objective:
         """The objective of that name, or the only one. Raises SpecError."""
-        if name is None and len(self.objectives) == 1:
-            return next(iter(self.objectives.values()))
+        taught = [o.teacher.name for o in self.objectives.values() if o.teacher]
+        trained = [o for o in self.objectives.values() if o.name not in taught]
+        if name is None and len(trained) == 1:
+            return trained[0]
         if name in self.objectives:
             return self.objectives[name]
         listed = ", ".join(f"`{n}`" for n in self.objectives)
@@ -153,6 +157,7 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     equations.quantities = {s.name for s in base} | {*GIVEN, *OPEN}
     add_statements(equations, base, Scope("", prelude.home), found, "base")
     slots, body = _split(block, names, found)
+    body = on_time(body, equations)
     uses = {
         slot: _uses(slots[slot], kind, scope, found)
         for slot, kind in SLOTS.items()
@@ -166,16 +171,21 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     for slot in ("process", "prediction_type", "backbone"):
         if slot not in slots:
             found.append(_no_slot(block, slot))
-    backbone = None
+    backbone = vision = teacher = None
     if "backbone" in slots:
         backbone = _backbone(slots["backbone"].value, equations, scope, found)
-    return Objective(block.name or "", block, names, equations, uses, backbone)
+    if "vision" in slots:
+        vision = _vision(slots["vision"].value, equations, scope, found)
+    if "teacher" in slots:
+        teacher = _teacher(slots["teacher"].value, block, scope, found)
+    return Objective(block.name or "", block, names, equations, uses, backbone, teacher, vision)
 
 
 def _split(block: Block, names: Names, found: list[Finding]) -> tuple[dict[str, Define], list]:
     """The slots of an objective, and its other statements."""
-    slots = {s.name: s for s in block.body if isinstance(s, Define) and s.name in KINDS}
-    body = [s for s in block.body if not (isinstance(s, Define) and s.name in KINDS)]
+    known = {*KINDS, *FURTHER}
+    slots = {s.name: s for s in block.body if isinstance(s, Define) and s.name in known}
+    body = [s for s in block.body if not (isinstance(s, Define) and s.name in known)]
     body = [s for s in body if not is_function(s)]
     for slot, kind in KINDS.items():
         if slot not in slots and (meant := _meant(slot, kind, body, names)):
@@ -197,6 +207,7 @@ def _meant(slot: str, kind: str, body: list, names: Names) -> Define | None:
 
 
 KINDS = {**SLOTS, "backbone": "backbone"}
+FURTHER = ("teacher", "vision")  # slots that an objective may leave out
 MEANT = {"prediction": "prediction_type", "strategies": "strategy", "network": "backbone"}
 MEANT |= {"model": "backbone", "schedule": "process", "scheduler": "process"}
 
@@ -254,9 +265,36 @@ def _backbone(value: Expr, equations: Equations, scope: Scope, found) -> Backbon
     uses: list[Use] = []
     part = read_part(use, equations, found, uses)
     options = dict(part.options)
-    times, inputs = (_quantities(use, options.pop(n, None), found) for n in ("times", "inputs"))
-    part = Part(part.kind, part.module, options)
-    return Backbone(part, times or ("t",), inputs, tuple(uses))
+    times, inputs = (_quantities(use, options.get(n), found) for n in ("times", "inputs"))
+    interface = Interface(times or ("t",), inputs, bool(options.get("dropout")))
+    options |= {"times": interface.times, "inputs": interface.inputs}
+    return Backbone(Part(part.kind, part.module, options), interface, tuple(uses))
+
+
+def _vision(value: Expr, equations: Equations, scope: Scope, found) -> Part | None:
+    use = use_of(value, "encoder", scope, found)
+    return use and read_part(use, equations, found, [])
+
+
+def _teacher(value: Expr, block: Block, scope: Scope, found) -> Objective | None:
+    """The objective that the teacher was trained on."""
+    path = getattr(value, "path", ())
+    definition = scope.home.find("objective", path) if isinstance(value, Name) else None
+    if definition is None or definition.node is block:
+        known = [n for n in scope.home.known("objective") if n != block.name]
+        close = nearest(value.span.text, known)
+        text = f"there is no other objective `{value.span.text}` for a teacher"
+        hint = f"write `teacher = {close or (known or ['name'])[0]}`"
+        hint += "" if known else ", the objective that it was trained on, and declare that here"
+        found.append(Finding("DIF160", text, Label(value.span), help=hint))
+        return None
+    inner: list[Finding] = []
+    teacher = build_objective(definition.node, definition.home, inner)
+    if inner and definition.home is not scope.home:
+        text = f"the objective `{value.span.text}` has errors of its own"
+        hint = f"lint `{Path(definition.home.path).name}` first"
+        found.append(Finding("DIF160", text, Label(value.span), help=hint))
+    return teacher
 
 
 def _quantities(use: Use, value, found: list[Finding]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Names
 from difftrain.language.nearest import nearest
 from difftrain.language.part import Part
-from difftrain.language.scope import Equations, Scope, Use, bind, choices, formals
+from difftrain.language.scope import Equations, Scope, Use, choices, formals
 from difftrain.language.tree import (
     Call,
     Define,
@@ -21,49 +21,8 @@ from difftrain.language.tree import (
     Quantity,
     Text,
 )
+from difftrain.language.uses import PART_KINDS, bind, use_of
 from difftrain.language.worlds import HERE, Frame, Problem
-
-PART_KINDS = ("backbone", "encoder", "codec", "source", "optimizer", "solver")
-
-
-def use_of(item: Expr, kind: str, scope: Scope, found: list[Finding]) -> Use | None:
-    """What `name` or `name(args)` puts to use, or None with a finding."""
-    if not isinstance(item, (Name, Call)):
-        text = f"`{item.span.text}` is not a {kind}"
-        found.append(Finding("DIF118", text, Label(item.span), help=f"write the name of a {kind}"))
-        return None
-    definition = scope.home.find(kind, item.path)
-    if definition is None:
-        found.append(_unknown(item, kind, scope.home))
-        return None
-    label = kind if kind in ("process", "prediction") else definition.name
-    return Use(definition, label, item, scope)
-
-
-SYNONYMS = {
-    "velocity": "flow` or `v_prediction",
-    "v": "v_prediction",
-    "eps": "epsilon",
-    "noise": "epsilon",
-    "x0": "sample",
-    "x_start": "sample",
-    "rectified_flow": "linear",
-    "rf": "linear",
-    "cosine": "ddpm(beta = cosine)",
-}
-
-
-def _unknown(item: Name | Call, kind: str, names: Names) -> Finding:
-    known = names.known(kind)
-    close = SYNONYMS.get(item.dotted) if kind in ("process", "prediction") else None
-    close = close or nearest(item.dotted, known)
-    span = item.head if isinstance(item, Call) else item.span
-    listed = ", ".join(f"`{n}`" for n in known)
-    hint = f"write `{close}`" if close else f"there are {listed}" if known else ""
-    if kind in PART_KINDS and len(item.path) > 1 and item.path[0] not in names.spaces:
-        hint = f"add `import std.{item.path[0]}` at the top of the file"
-    return Finding("DIF119", f"there is no {kind} `{item.dotted}`", Label(span), help=hint)
-
 
 # ---- parts
 
@@ -79,7 +38,7 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
     module = definition.name
     for node in definition.node.body:
         if isinstance(node, Define) and node.name == "module":
-            module = node.value.dotted
+            module = node.value.value if isinstance(node.value, Text) else node.value.dotted
         elif isinstance(node, Define) and node.name != "reads":  # quantities: a rule looks at them
             local = Scope(use.label, definition.home, {n: n for n in options})
             options[node.name] = read_value(node.value, local, equations, found, (), uses)

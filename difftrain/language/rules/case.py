@@ -76,9 +76,7 @@ class Case:
     @cached_property
     def own_time(self) -> Equation | None:
         """The process's own equation of t, restated or not."""
-        equations = self.objective.equations
-        every = [*equations.replaced, *equations.versions.get("t", ())]
-        return next((e for e in every if e.name == "t" and e.scope.label == "process"), None)
+        return self.objective.equations.process_time()
 
     @cached_property
     def times(self) -> Support:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import is_shipped
+from difftrain.language.part import Interface
 from difftrain.language.rules.case import Case, inside
 from difftrain.language.scope import choices, formals
 from difftrain.language.spec import SLOTS
@@ -35,16 +36,17 @@ def given_times(case: Case, found: list[Finding]) -> None:
     if backbone is None or not case.slot("process"):
         return
     call = backbone.uses[0].call.span
-    if backbone.times[0] != "t":
+    times, inputs = backbone.interface.times, backbone.interface.inputs
+    if times[0] != "t":
         text, hint = "the first time that a network is given is `t`", "write `times = [t, …]`"
         found.append(Finding("DIF213", text, Label(call), help=hint))
-    if "r" in versions and "r" not in backbone.times:
+    if "r" in versions and "r" not in times:
         earlier = Label(case.place(case.newest("r")), "this defines `r`")
         text = "the network is not given `r`, the earlier time of this objective"
         because = "what is learned depends on both times"
         hint = f"write `{backbone.uses[0].definition.name}(times = [t, r])`"
         found.append(Finding("DIF212", text, Label(call), (earlier,), because, hint))
-    for name in (*backbone.times, *backbone.inputs):
+    for name in (*times, *inputs):
         if name != "t" and name not in versions and case.term(name) is None:
             text = f"the network is given `{name}`, which nothing defines"
             hint = f"take `{name}` out of the list, or define it: `{name} = …`"
@@ -94,7 +96,8 @@ def _follows(case: Case, finding: Finding, found: list[Finding]) -> bool:
     unset = [n for u in equations.uses for n in formals(u.definition)
              if f"{u.label}.{n}" not in equations.versions]  # fmt: skip
     moved = [f.at.span.text for f in found if f.code == "DIF106"]
-    asked = (*unset, *backbone.times, *backbone.inputs) if backbone else unset
+    given = backbone.interface if backbone else Interface()
+    asked = (*unset, *given.times, *given.inputs)
     match finding.code:
         case "DIF122":
             return any(f.code == "DIF122" and _ring(f) == _ring(finding) for f in found)

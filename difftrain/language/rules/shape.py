@@ -126,6 +126,8 @@ def ranges(spec: Spec, found: list[Finding]) -> None:
 
 def _is_range(domain: Expr) -> bool:
     match domain:
+        case Name(path=("process",)):
+            return True  # the parameter is a process itself
         case Interval(low=low, high=high):
             ends = plain(low), plain(high)
             return None not in ends and ends[0] <= ends[1]

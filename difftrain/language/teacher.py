@@ -1,0 +1,67 @@
+"""The teacher's own equations: its process, row and preconditioning, in the student's terms.
+
+x0 and eps mean the same to both. At equal signal-to-noise the teacher's xt is the student's times
+`alpha_teacher / alpha`, so what it says of (xt, t) is read at (scale * xt, its own time).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from difftrain.language.inverse import solved
+from difftrain.language.term import Term, const, leaf, make
+from difftrain.language.worlds import HERE, World
+
+if TYPE_CHECKING:
+    from difftrain.language.derive import Derivation
+
+MOVING = leaf("variable", "sample", name="t")
+
+
+def taught(student: Derivation, name: str, world: World, at) -> Term:
+    """`name`, an estimate or an output, as the teacher's own equations give it in a world."""
+    own = student.teacher
+    inner = _inside(student, own, world, at)
+    rows = [[d.read(n, w) for n in ("row_a", "row_b")] for d, w in ((student, world), (own, inner))]
+    same = all(a is b for a, b in zip(*rows, strict=True))
+    if name != "pred" or (same and _same_path(student, own)):
+        return own.read(name, inner, at)
+    a, b = rows[0]
+    return a * own.read("x0_hat", inner, at) + b * own.read("eps_hat", inner, at)
+
+
+def _inside(student: Derivation, own: Derivation, world: World, at) -> World:
+    """The world of the teacher's equations at the student's (xt, t)."""
+    xt, t = (student.read(n, world, at) for n in ("xt", "t"))
+    cond = _shown(student, world, at)
+    if not _same_path(student, own):
+        level, alpha = (student.read(n, world, at) for n in ("logsnr", "alpha"))
+        along = HERE.swap({"t": MOVING})
+        t = solved(own.read("logsnr", along), MOVING, level, *own_range(own))
+        xt = own.read("alpha", HERE.swap({"t": t})) / alpha * xt
+    calm = {"dropped": const(False), "dropout": const(False), "cond": cond}
+    net = leaf("module", "module", name="teacher")
+    later = {"r": t} if "r" in own.equations.versions else {}
+    return HERE.swap({"xt": xt, "t": t, "net": net, **calm, **later})
+
+
+def _shown(student: Derivation, world: World, at) -> Term:
+    """The condition that a network would be given in a world."""
+    cond = student.read("cond", world, at)
+    dropped = student.read("dropped", world, at)
+    return make("where", dropped, student.read("null", world, at), cond)
+
+
+def _same_path(student: Derivation, own: Derivation) -> bool:
+    """Whether both processes have the same alpha(t) and sigma(t)."""
+    along = HERE.swap({"t": MOVING})
+    pairs = [[d.read(n, along) for d in (student, own)] for n in ("alpha", "sigma")]
+    return all(a is b for a, b in pairs)
+
+
+def own_range(own: Derivation) -> tuple[float, float]:
+    """The ends of t on a derivation's own process."""
+    from difftrain.language.numbers import support
+
+    found = support(own.law(own.equations.process_time()))
+    return (found.low, found.high) if found else (0.0, 1.0)
