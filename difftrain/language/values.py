@@ -7,7 +7,7 @@ from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Names
 from difftrain.language.nearest import nearest
 from difftrain.language.part import Part
-from difftrain.language.scope import Equations, Scope, Use, choices, formals
+from difftrain.language.scope import Equations, Scope, Use, choices, formals, lineage
 from difftrain.language.tree import (
     Call,
     Define,
@@ -36,12 +36,13 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
     for name, (expr, where) in bind(use, found).items():
         options[name] = read_option(domains[name][0], expr, where, equations, found, uses)
     module = definition.name
-    for node in definition.node.body:
-        if isinstance(node, Define) and node.name == "module":
-            module = node.value.value if isinstance(node.value, Text) else node.value.dotted
-        elif isinstance(node, Define) and node.name != "reads":  # quantities: a rule looks at them
-            local = Scope(use.label, definition.home, {n: n for n in options})
-            options[node.name] = read_value(node.value, local, equations, found, (), uses)
+    for block in lineage(definition):
+        for node in block.node.body:
+            if isinstance(node, Define) and node.name == "module":
+                module = node.value.value if isinstance(node.value, Text) else node.value.dotted
+            elif isinstance(node, Define) and node.name != "reads":  # quantities: a rule looks at them
+                local = Scope(use.label, block.home, {n: n for n in options})
+                options[node.name] = read_value(node.value, local, equations, found, (), uses)
     return Part(definition.kind, module, options)
 
 
