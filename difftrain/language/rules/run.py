@@ -89,9 +89,10 @@ def _no_solver(case: Case, run, name: str, quantity: str) -> Finding:
 def time_scale(case: Case, found: list[Finding]) -> None:
     """A network that embeds an index is not fed times between 0 and 1 as they are."""
     backbone = case.objective.backbone
-    scale = backbone.part.options.get("time_scale") if backbone else None
+    options = backbone.part.options if backbone else {}
     seen = case.times.values
-    if scale != 1 or not seen or max(seen) > 1:
+    index = options.get("time_scale") == 1 and options.get("clock", "index") == "index"
+    if not index or not seen or max(seen) > 1:
         return
     found.append(
         Finding(
