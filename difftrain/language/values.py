@@ -40,7 +40,7 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
         for node in block.node.body:
             if isinstance(node, Define) and node.name == "module":
                 module = node.value.value if isinstance(node.value, Text) else node.value.dotted
-            elif isinstance(node, Define) and node.name != "reads":  # quantities: a rule looks at them
+            elif isinstance(node, Define) and node.name != "reads":  # quantities: for a rule
                 local = Scope(use.label, block.home, {n: n for n in options})
                 options[node.name] = read_value(node.value, local, equations, found, (), uses)
     return Part(definition.kind, module, options)

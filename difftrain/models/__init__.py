@@ -17,9 +17,11 @@ PLACES = {  # builder: the module of this package that holds it
     "label": "labels",
     "pixels": "codec",
     "qwen": "encoders",
+    "raw": "raw",
     "sd_unet": "unet",
     "siglip": "encoders",
     "t5": "encoders",
+    "transformer": "transformer",
 }
 
 
@@ -37,6 +39,11 @@ def builder(part: Part) -> Callable:
     if place is None:
         raise PartError(_unknown(f"there is no {part.kind} called", name, PLACES))
     return imported(place)
+
+
+def reads_names(part: Part) -> bool:
+    """Whether an encoder takes whole texts, such as labels, and not their tokens."""
+    return part.module == "label" or part.module not in PLACES
 
 
 def build(part: Part | tuple[Part, ...], **context):

@@ -1,0 +1,107 @@
+"""Attention and the layers beside it, each in the ways that published transformers differ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-6
+
+
+def norm(kind: str, width: int) -> nn.Module:
+    """A normalisation over the last dimension: `layer` without weights, or `rms` with them."""
+    rms = kind == "rms"
+    return nn.RMSNorm(width, eps=EPS) if rms else nn.LayerNorm(width, EPS, elementwise_affine=False)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
+    """softmax(q k / sqrt(d)) v for q [B, H, T, d] and k, v [B, H, S, d]: [B, T, H * d].
+
+    Fused kernels are fast and have no forward-mode derivative; plain matrix products have one.
+    """
+    if fused:
+        mixed = F.scaled_dot_product_attention(q, k, v)
+    else:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        mixed = scores.softmax(dim=-1) @ v
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def turn(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [B, H, T, d] with each pair of neighbours turned by an angle: rotation [2, T, d]."""
+    cos, sin = rotation
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    beside = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x * cos + beside * sin).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Tokens [B, T, width] that look at each other; q, k and v come of one matrix product."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: str = "", fused: bool = True):
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = (_head_norm(qk_norm, width // heads) for _ in "qk")
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout()
+
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = turn(q, rotation), turn(k, rotation)
+        return self.proj_drop(self.proj(attend(q, k, v, self.fused)))
+
+
+def _head_norm(kind: str, width: int) -> nn.Module:
+    """What q and k are normalised by (arXiv:2302.05442); unlike `norm` it always has weights."""
+    match kind:
+        case "":
+            return nn.Identity()
+        case "layer":
+            return nn.LayerNorm(width)
+    return norm(kind, width)
+
+
+class CrossAttention(nn.Module):
+    """Tokens [B, T, width] that look at text [B, S, width] (arXiv:2310.00426)."""
+
+    def __init__(self, width: int, heads: int, *, fused: bool = True):
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout()
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.kv(text).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj_drop(self.proj(attend(q, k, v, self.fused)))
+
+
+class Gelu(nn.Module):
+    """The two-layer perceptron of DiT, tokens [B, T, width] to the same."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.drop(F.gelu(self.fc1(x), approximate="tanh")))
+
+
+class SwiGlu(nn.Module):
+    """The gated perceptron of arXiv:2002.05202, as wide as two thirds of `hidden`."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        inner = 2 * hidden // 3
+        self.w12, self.w3 = nn.Linear(width, 2 * inner), nn.Linear(inner, width)
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(self.drop(F.silu(gate) * value))
