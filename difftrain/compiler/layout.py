@@ -64,6 +64,10 @@ class Layout:
                 )
             piece.view(slot.shape).copy_(value)
 
+    def copy(self, modules: Mapping[str, nn.Module], flat: Tensor) -> Callable:
+        """The student as a function of its inputs, with the parameters of another buffer."""
+        return bound(modules["student"], self.views(flat)["student"])
+
     def bind(self, modules: Mapping[str, nn.Module], flat: Tensor) -> dict[str, Callable]:
         """The modules as functions whose trained parameters are views of the buffer."""
         views = self.views(flat)

@@ -13,6 +13,7 @@ from difftrain.answer import unwrap
 from difftrain.compiler.draws import Draws
 from difftrain.compiler.heads import LogVariance
 from difftrain.compiler.program import Program, compile_quantities
+from difftrain.compiler.step import modules_read
 from difftrain.graph.build import BEFORE
 from difftrain.language.derive import INPUTS
 from difftrain.language.finding import Finding, Label, SpecError
@@ -263,17 +264,6 @@ class Objective(nn.Module):
         levels = self._compute(("alpha", "sigma"), given, ("t",)).values()
         alpha, sigma = (v.reshape(-1, *(1,) * (x0.dim() - 1)) for v in levels)
         return alpha * noise - sigma * x0
-
-
-def modules_read(declared: Declared) -> tuple[tuple[str, ...], dict[str, Term]]:
-    """The names of the modules that the loss reads, and the decay of each averaged copy."""
-    derivation = declared.derivation()
-    with suppress(Problem):
-        derivation.read("loss")
-    loss = derivation.memo.get(("loss", derivation.home))
-    names = {t["name"] for t in walk(loss) if t.op == "module"} if loss is not None else set()
-    averages = {n: d for n, d in derivation.averages.items() if n in names}
-    return tuple(sorted(names)), averages
 
 
 def _average(name: str, given: Mapping, network):

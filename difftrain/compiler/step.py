@@ -6,6 +6,7 @@ Everything that changes from step to step is a tensor, so nothing is compiled tw
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from difftrain.compiler.emit import Writer, emit
@@ -38,6 +39,7 @@ class Inputs:
     given: tuple[str, ...] = ()
     text: bool = False
     trained_text: bool = False
+    image: bool = False  # whether the pictures themselves are read
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +52,24 @@ class StepProgram:
 
 
 def emit_step(objective: Objective, recipe: Recipe, inputs: Inputs) -> StepProgram:
-    """The program of one training step. Raises SpecError."""
+    """The program of one training step. Raises SpecError.
+
+    The state holds a buffer `average.NAME` for each averaged copy that the objective reads.
+    """
     derived = build(objective, ("loss", *logged(objective)), inputs.given)
+    copies = Copies(modules_read(objective)[1])
     graph = run(derived)
     title = f"The training step of `{objective.name}`, as difftrain compiled it."
     used = ["adamw", "learning_rate"]
+    used += ["follow"] * bool(copies.decays)
     used += ["clipped"] * bool(recipe.clip) + ["rescale"] * (recipe.precision == "fp16")
     further = {
         "difftrain.compiler.draws": ["Draws"],
         "difftrain.compiler.update": sorted(used),
     }
-    functions = (_averaging(recipe.average), _step(graph, recipe, inputs))
+    decays = {"averaging": recipe.average, **copies.functions}
+    functions = [_decay(name, term) for name, term in decays.items()]
+    functions.append(_step(graph, recipe, inputs, copies))
     source = emit(graph, title, further, functions)
     return StepProgram(source, derived, graph)
 
@@ -89,7 +98,38 @@ def _trains(term: Term) -> bool:
     return any(t.op == "network" for t in walk(term))
 
 
-def _averaging(decay: Term) -> str:
+def modules_read(objective: Objective) -> tuple[tuple[str, ...], dict[str, Term]]:
+    """The names of the modules that the loss reads, and the decay of each averaged copy, in
+    `step`."""
+    derivation = objective.derivation()
+    loss = derivation.read("loss")
+    names = {t["name"] for t in walk(loss) if t.op == "module"}
+    averages = {n: d for n, d in derivation.averages.items() if n in names}
+    return tuple(sorted(names)), averages
+
+
+def inputs_read(objective: Objective) -> tuple[str, ...]:
+    """The names of the inputs that the loss reads."""
+    loss = objective.derivation().read("loss")
+    return tuple(sorted({t["name"] for t in walk(loss) if t.op == "input"}))
+
+
+@dataclass(frozen=True)
+class Copies:
+    """The averaged copies of the student that an objective reads, with their decays."""
+
+    decays: Mapping[str, Term]
+
+    @property
+    def functions(self) -> dict[str, Term]:
+        """What the emitted function of each decay is called."""
+        return {self.function(n): d for n, d in self.decays.items()}
+
+    def function(self, name: str) -> str:
+        return "decay_of_" + name.replace(".", "_")
+
+
+def _decay(name: str, decay: Term) -> str:
     graph = from_terms({"decay": decay}, {})
     writer = Writer(graph)
     for node in graph.order():
@@ -97,12 +137,12 @@ def _averaging(decay: Term) -> str:
     text = writer.texts[graph.outputs["decay"]].text
     lines = [line.replace('inputs["step"]', "step") for line in writer.lines]
     return "\n".join(
-        ["def averaging(step):", '    """How much of the averaged weights stays at an update."""']
+        [f"def {name}(step):", '    """How much of the averaged weights stays at an update."""']
         + [*lines, f"    return {text}", ""]
     )
 
 
-def _step(graph: Graph, recipe: Recipe, inputs: Inputs) -> str:
+def _step(graph: Graph, recipe: Recipe, inputs: Inputs, copies: Copies) -> str:
     """The text of `step`: the loss as a function of the weights, then what its gradient does."""
     scaled = recipe.precision == "fp16"
     scale = ' * state["scale"]' * scaled
@@ -113,12 +153,13 @@ def _step(graph: Graph, recipe: Recipe, inputs: Inputs) -> str:
         "",
         "    def objective(weights):",
         "        nets = plan.bind(modules, weights)",
+        *[f'        nets["{n}"] = plan.copy(modules, state["average.{n}"])' for n in copies.decays],
         *_indented(_forward(recipe, inputs), 8),
         '        loss = values["loss"].float().mean()',
         f"        return loss{scale}, (loss, values)",
         "",
         '    gradient, (loss, values) = torch.func.grad(objective, has_aux=True)(state["weights"])',
-        *_indented(_update(recipe, scaled), 4),
+        *_indented(_update(recipe, scaled, copies), 4),
         "",
         '    log = {"loss": loss, "gradient": norm, "rate": rate}',
         *['    log["scale"] = state["scale"].clone()'] * scaled,
@@ -135,7 +176,8 @@ def _indented(lines: list[str], by: int) -> list[str]:
 def _forward(recipe: Recipe, inputs: Inputs) -> list[str]:
     """The quantities of a batch, in the precision of the recipe."""
     lines = ['inputs = {"x0": batch["x0"], "step": state["updates"]}']
-    lines += [f'inputs["{name}"] = batch["{name}"]' for name in inputs.given]
+    read = (*inputs.given, *["image"] * inputs.image)
+    lines += [f'inputs["{name}"] = batch["{name}"]' for name in read]
     lines += _conditions(inputs)
     lines.append("values = compute(inputs, draw, nets, tables)")
     if recipe.precision == "fp32":
@@ -155,7 +197,7 @@ def _conditions(inputs: Inputs) -> list[str]:
     return lines if inputs.trained_text else ["with torch.no_grad():", *_indented(lines, 4)]
 
 
-def _update(recipe: Recipe, scaled: bool) -> list[str]:
+def _update(recipe: Recipe, scaled: bool, copies: Copies) -> list[str]:
     """Clipping, the learning rate, AdamW and averaging; after an overflow nothing moves."""
     options = recipe.optimizer.options
     numbers = [f"{n}={options[n]}" for n in ("beta1", "beta2", "eps", "weight_decay")]
@@ -169,6 +211,10 @@ def _update(recipe: Recipe, scaled: bool) -> list[str]:
         f"rate = learning_rate(count, {options['lr']}, warmup={recipe.warmup}{cosine})",
         f"numbers = dict({', '.join(numbers)})",
         f"adamw(state, gradient, count, rate, averaging, **numbers{', fine=fine' * scaled})",
+        *[
+            f'follow(state, "average.{n}", {copies.function(n)}(count){", fine" * scaled})'
+            for n in copies.decays
+        ],
         *["rescale(state, fine)"] * scaled,
         'state["turn"].add_(1)',
     ]

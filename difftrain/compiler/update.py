@@ -57,6 +57,12 @@ def adamw(
         state[name].copy_(value if fine is None else torch.where(fine, value, state[name]))
 
 
+def follow(state: dict[str, Tensor], name: str, decay, fine: Tensor | None = None) -> None:
+    """Moves a further average [P] towards the weights, in place; after an overflow it stays."""
+    moved = state["weights"] + decay * (state[name] - state["weights"])
+    state[name].copy_(moved if fine is None else torch.where(fine, moved, state[name]))
+
+
 def rescale(state: dict[str, Tensor], fine: Tensor) -> None:
     """Half the loss scale after an overflow, twice after a long time without one, in place."""
     calm = torch.where(fine, state["calm"] + 1, 0)

@@ -351,10 +351,16 @@ class Derivation:
     def _nothing(self, name: str, at) -> Finding:
         return mistakes.nothing(name, self.equations, [n for n, _ in self.active], at)
 
+    def _block(self, label: str):
+        """The block in use under a label, such as the process."""
+        return next((u for u in self.equations.uses if u.label == label), None)
+
     def _unknown(self, path: tuple[str, ...], at, frame: Frame) -> Finding:
         name, home, scope = ".".join(path), frame.scope.home, frame.scope
         if name in OPEN:
             return self._nothing(name, at)
+        if len(path) == 2 and (use := self._block(path[0])):
+            return mistakes.not_there(path, use, at)
         local = [*home.known("param"), *frame.env, *scope.locals, *scope.words]
         known = [*local, *self.equations.versions, *INPUTS, *NETS, *OPERATIONS, *LAWS, *SPECIAL]
         return mistakes.unknown(name, [*known, *home.known("function")], at)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from difftrain.language.finding import Finding, Label
 from difftrain.language.nearest import nearest
 from difftrain.language.operations import NAMES
-from difftrain.language.scope import Equations
+from difftrain.language.scope import Equations, Use, formals
 from difftrain.language.tree import Argument, Call, Expr, Span
 from difftrain.language.worlds import Function
 
@@ -42,6 +42,21 @@ def unknown(name: str, known: Sequence[str], at: Expr | Argument) -> Finding:
     span = at.head if isinstance(at, Call) else at.span
     hint = f"write `{close}`" if close else "define it here, or add it as a parameter"
     return Finding("DIF120", f"there is no `{name}`", Label(span), help=hint)
+
+
+def not_there(path: tuple[str, ...], use: Use, at: Expr | Argument) -> Finding:
+    """A name that is read from a block in use, which has no such name."""
+    title, last = use.definition.name, path[1]
+    close = nearest(last, formals(use.definition))
+    others = [
+        d.name for d in use.definition.home.definitions(use.definition.kind) if last in formals(d)
+    ]
+    hint = f"write `{path[0]}.{close}`" if close else ""
+    if not hint and others:
+        hint = f"use `{others[0]}`, which has one, or a block of your own with `{last}`"
+    span = at.head if isinstance(at, Call) else at.span
+    text = f"`{title}` has no `{last}`"
+    return Finding("DIF120", text, Label(span), help=hint or "leave it out")
 
 
 def not_linear(equations: Equations) -> Finding:

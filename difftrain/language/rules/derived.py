@@ -60,13 +60,20 @@ def meaning(case: Case, found: list[Finding]) -> None:
         try:
             derivation.read(name, HERE.cap(**{name: cap}) if cap is not None else HERE)
         except Problem as problem:
-            _report(case, problem, found)
+            if not _is_law(case, name, problem):
+                _report(case, problem, found)
     for need in case.objective.equations.needs:
         try:
             if not need.use.definition.shipped:
                 derivation.value(need.condition, Frame(need.scope, {}, HERE))
         except Problem as problem:
             _report(case, problem, found)
+
+
+def _is_law(case: Case, name: str, problem: Problem) -> bool:
+    """Whether a parameter holds a law, which its block draws from."""
+    (first, *_) = case.objective.equations.versions.get(name, (None,))
+    return first is not None and first.argument and problem.finding.code == "DIF128"
 
 
 def _everything(case: Case):
