@@ -326,27 +326,35 @@ def _held(subject: Subject, given: Mapping) -> Callable[[], Tensor]:
 def counted(subject: Subject, given: Mapping) -> None:
     if any(t.op == "jvp" for t in walk(subject.loss)):
         raise LeftOut("a derivative runs its forward itself")
-    calls: list[bool] = []
-
-    def watched(net):
-        def call(*args, **further):
-            calls.append(torch.is_grad_enabled())
-            return net(*args, **further)
-
-        return call
-
-    program = subject.program(given, ("loss",))
-    networks = {
-        program.graph[program.graph[n]["args"][0]]["attrs"]["name"]
-        for n in program.graph.find("network")
-    }
-    nets = {n: watched(m) if n in networks else m for n, m in subject.objective.nets.items()}
-    tables = program.tables("cpu", torch.float64)
-    program.compute(_inputs(given), _draws(given), nets, tables)
+    calls = _watched(subject, given)
     told, made = forwards(subject.loss)[:2], (sum(calls), len(calls) - sum(calls))
     if told != made:
         text = "{} forwards with gradient and {} without"
         raise Broken(f"there should be {text.format(*told)}, and there are {text.format(*made)}")
+
+
+def _watched(subject: Subject, given: Mapping) -> list[bool]:
+    """Whether each forward of a network was to pass a gradient. None may change its input."""
+    calls: list[bool] = []
+
+    def watched(net):
+        def call(x, *args, **further):
+            calls.append(torch.is_grad_enabled())
+            before = x.detach().clone()
+            answer = net(x, *args, **further)
+            if not torch.equal(before, x):
+                raise Broken("the network changes its input in place")
+            return answer
+
+        return call
+
+    program = subject.program(given, ("loss",))
+    graph = program.graph
+    names = {graph[graph[n]["args"][0]]["attrs"]["name"] for n in graph.find("network")}
+    nets = {n: watched(m) if n in names else m for n, m in subject.objective.nets.items()}
+    tables = program.tables("cpu", torch.float64)
+    program.compute(_inputs(given), _draws(given), nets, tables)
+    return calls
 
 
 # ---- estimates
@@ -434,7 +442,7 @@ POINTS: dict[str, Callable[[Subject, Mapping], None]] = {
     "gradients reach what is trained": gradient,
     "frozen modules get no gradient": frozen,
     "the gradient is the slope of the loss": slope,
-    "no forward is run twice or with a gradient it does not need": counted,
+    "forwards are those that the loss needs": counted,
     "estimates of the target give back x0 and eps": estimates,
     **{f"`{name}` answers": partial(member, name) for name in MEMBERS},
     "`loss` with what it is made of": auxiliary,
