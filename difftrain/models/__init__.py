@@ -14,6 +14,8 @@ from difftrain.models.foreign import called, imported, offered
 PLACES = {  # builder: the module of this package that holds it
     "autoencoder_kl": "codec",
     "clip": "text",
+    "dinov2": "vision",
+    "efficientnet_lite0": "vision",
     "label": "labels",
     "pixels": "codec",
     "qwen": "encoders",
