@@ -165,6 +165,9 @@ DIF150 a setting of nothing
     `process.steps`.
 DIF151 a setting that is not a value
     A setting gives one value, written as in a spec.
+DIF160 a teacher that is not declared
+    `teacher` names the objective that a frozen network was trained on: its process, prediction
+    type and preconditioning apply inside what is read from it.
 DIF201 a time derivative of a table
     `dot(e)` is the derivative in t, and the levels of a discrete process are a table, which has
     none.
@@ -207,6 +210,19 @@ DIF213 a network given what is not there
 DIF214 a law that cannot be drawn from
     A uniform law needs a lower end below the upper one, a normal law a standard deviation above
     0, a probability lies between 0 and 1, and weights are not negative and not all 0.
+DIF215 a law that does not say what t is
+    A law may be put on any quantity that always rises or always falls with t: t is then the
+    time at which the quantity has the drawn value. A density is that of a monotone map of one
+    draw.
+DIF216 an estimate without a meaning
+    The network of a consistency function jumps to data and estimates no mean, so nothing that
+    is read from a mean can be read from it. The score of noise that is not standard normal is
+    not -eps_hat / sigma.
+DIF217 features that the network does not return
+    `tap` is what a network returns beside its output, and it has to be asked to.
+DIF218 attention without a forward-mode derivative
+    `ddt` differentiates the network along the path. Fused attention kernels have no such
+    derivative, plain ones do.
 DIF301 an argument that changes nothing
     Whatever a spec says is read by training or sampling; what is not read is a mistake that
     says nothing.
@@ -233,6 +249,9 @@ DIF313 times that a network cannot tell apart
     0 and 1 all look alike to it until they are multiplied.
 DIF320 a missing block of options
     Training reads `data` and `train`, sampling reads `sample`.
+DIF321 a module that nothing says
+    A frozen network or encoder that the loss reads has to come from somewhere before a run can
+    begin.
 DIF401 a scheduler that cannot be adopted
     A process that is read from a scheduler_config.json needs a schedule that the language can
     write. The path is looked for beside the spec, then as it is given.

@@ -199,6 +199,22 @@ def _density(self: Derivation, expr: Call, frame: Frame) -> Term:
     return bell / make("abs", slope)
 
 
+def _gaussian(self: Derivation, expr: Call, frame: Frame) -> Term:
+    """`gaussian(eps)`: whether a draw is standard normal."""
+    return const(is_gaussian(self.number(self.only(expr).value, frame)))
+
+
+def is_gaussian(noise: Term) -> bool:
+    """Whether a term is one standard normal draw, but for corrections without gradient."""
+    while noise.op in ("add", "sub") and _held(noise.args[1]):
+        noise = noise.args[0]
+    return noise.op in ("input", "variable") or (noise.op == "draw" and noise["law"] == "noise")
+
+
+def _held(term: Term) -> bool:
+    return term.op == "stop" or (term.op == "mul" and any(_held(a) for a in term.args))
+
+
 SPECIAL: dict[str, Callable] = {
     "again": _again,
     "average": _average,
@@ -206,6 +222,7 @@ SPECIAL: dict[str, Callable] = {
     "density": _density,
     "dot": _dot,
     "features": _features,
+    "gaussian": _gaussian,
     "inverse": _inverse,
     "network": _network,
     **dict.fromkeys(HEADS, _head),

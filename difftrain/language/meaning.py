@@ -4,6 +4,7 @@ that is not standard normal."""
 from __future__ import annotations
 
 from difftrain.language.finding import Finding, Label
+from difftrain.language.forms import is_gaussian
 from difftrain.language.spec import Objective
 from difftrain.language.worlds import Problem
 
@@ -27,14 +28,6 @@ def lacking(objective: Objective, name: str) -> Finding | None:
 def gaussian(objective: Objective) -> bool:
     """Whether the noise is standard normal, after all redefinitions of it that are not stopped."""
     try:
-        noise = objective.derivation().read("eps")
+        return is_gaussian(objective.derivation().read("eps"))
     except Problem:
         return True  # said elsewhere
-    while noise.op in ("add", "sub") and noise.args[1].op != "draw" and _held(noise.args[1]):
-        noise = noise.args[0]
-    return noise.op == "draw" and noise["law"] == "noise"
-
-
-def _held(term) -> bool:
-    """Whether a part is without gradient: a correction of the draw, not another law."""
-    return term.op == "stop" or (term.op == "mul" and any(_held(a) for a in term.args))

@@ -4,7 +4,17 @@ A rule appends what it finds, stays silent where it cannot tell, and leaves to a
 that one has said: so the order of the lists counts.
 """
 
-from difftrain.language.rules import derived, inert, loss, path, run, shape, singular, weights
+from difftrain.language.rules import (
+    derived,
+    inert,
+    loss,
+    modules,
+    path,
+    run,
+    shape,
+    singular,
+    weights,
+)
 
 FILE_RULES = (shape.statements, shape.bases, shape.ranges, shape.parameters, run.averaging)
 RULES = (
@@ -21,6 +31,8 @@ RULES = (
     loss.weights_are_read,
     loss.thrown_away,
     weights.wrong_residual,
+    modules.features,
+    modules.forward_mode,
     run.guidance,
     run.solver,
     run.time_scale,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from difftrain.language.finding import Finding, Label
+from difftrain.language.finding import Finding, Label, SpecError
+from difftrain.language.meaning import lacking
 from difftrain.language.names import Names, is_shipped
 from difftrain.language.numbers import value
 from difftrain.language.rules.case import Case, shown
 from difftrain.language.spec import Spec, top_line
 from difftrain.language.term import is_const, walk
-from difftrain.language.tree import Redefine
+from difftrain.language.tree import Block, Redefine
 
 STEPS = (1, 2, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 NEEDED = {"train": ("data", "train"), "compile": ("data", "train"), "sample": ("sample",)}
@@ -67,13 +68,20 @@ def solver(case: Case, found: list[Finding]) -> None:
     definition = case.spec.names.find("solver", (part.module,))
     reads = next((s.value for s in definition.node.body if s.name == "reads"), None)
     for item in reads.items if reads else ():
-        if case.term(item.dotted) is None:
-            found.append(_no_solver(case, run, part.module, item.dotted))
+        problem = lacking(case.objective, item.dotted)
+        if problem or case.term(item.dotted) is None:
+            found.append(_no_solver(case, run, part.module, item.dotted, problem))
             return
 
 
-def _no_solver(case: Case, run, name: str, quantity: str) -> Finding:
+def _no_solver(case: Case, run, name: str, quantity: str, problem: Finding | None) -> Finding:
     process = case.slot("process")
+    if problem:
+        because = f"it reads `{quantity}`, and {problem.because or problem.message}"
+        hint = "choose a solver that does not, such as `multistep`"
+        at = Label(run.written.get("solver", run.span))
+        title = case.objective.name
+        return Finding("DIF216", f"`{name}` cannot sample `{title}`", at, (), because, hint)
     title = process.definition.name if process else "the process"
     at = run.written.get("solver", run.span)
     return Finding(
@@ -118,7 +126,38 @@ def _redefining(quantity: str, names: Names) -> str:
 
 
 def need(spec: Spec, command: str) -> list[Finding]:
-    """What is missing for a command: a block that it reads and the file does not have."""
+    """What is missing for a command: a block or a module that it reads and the file lacks."""
+    return [*_blocks(spec, command), *(_modules(spec) if command in TRAINING else ())]
+
+
+TRAINING = ("train", "compile")
+
+
+def _modules(spec: Spec) -> list[Finding]:
+    """The frozen modules that the loss reads and nothing says."""
+    try:
+        objective = spec.objective()
+    except SpecError:
+        return []  # said by the command
+    case = Case(spec, objective)
+    loss = case.term("loss")
+    read = {t["name"] for t in walk(loss) if t.op == "module"} if loss is not None else set()
+    run = spec.runs.get("train")
+    missing = []
+    if "vision" in read and objective.vision is None:
+        missing.append(("vision", "an encoder of pictures", "add `vision = …` to the objective"))
+    if "teacher" in read and run and not run["teacher"]:
+        hint = 'say in `train` whose weights it has: `teacher = "runs/NAME"`'
+        missing.append(("teacher", "a trained network", hint))
+    return [_no_module(objective.block, *row) for row in missing]
+
+
+def _no_module(block: Block, name: str, what: str, hint: str) -> Finding:
+    text = f"the objective reads `{name}`, {what}, and this file has none"
+    return Finding("DIF321", text, Label(block.head), help=hint)
+
+
+def _blocks(spec: Spec, command: str) -> list[Finding]:
     return [
         Finding(
             "DIF320",
