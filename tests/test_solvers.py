@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
+from difftrain.compiler.draws import Draws
 from difftrain.sampling import grids, solvers
 
 MEAN, STD = 0.3, 0.5  # the Gaussian data, per element
@@ -21,20 +24,47 @@ class Gaussian:
     slopes: object = None  # t -> (dot(alpha), dot(sigma))
 
     def estimates(self, x, t):
-        a, s = (c(t).reshape(-1, *[1] * (x.ndim - 1)) for c in (self.alpha, self.sigma))
+        a, s = column(self.alpha(t), x), column(self.sigma(t), x)
         level = (x - a * MEAN) / ((a * STD) ** 2 + s**2)
         return MEAN + a * STD**2 * level, s * level
 
     def flow(self, x, t):
         x0_hat, eps_hat = self.estimates(x, t)
-        da, ds = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in self.slopes(t))
+        da, ds = (column(c, x) for c in self.slopes(t))
         return da * x0_hat + ds * eps_hat
+
+    def average(self, x, t, r):
+        return (x - self.moved(x, t, r)) / column(t - r, x)
+
+    def moved(self, x, t, r):
+        """Where the ordinary differential equation takes x from t to r."""
+        (a, s), (b, q) = ([column(c(u), x) for c in (self.alpha, self.sigma)] for u in (t, r))
+        spread = ((b * STD) ** 2 + q**2).sqrt() / ((a * STD) ** 2 + s**2).sqrt()
+        return b * MEAN + spread * (x - a * MEAN)
+
+
+def column(values, like):
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+@dataclass
+class Counted:
+    """A model, and how often its network is asked."""
+
+    model: Gaussian
+    calls: int = 0
+
+    def __getattr__(self, name):
+        found = getattr(self.model, name)
+        self.calls += name in ("estimates", "flow", "average")
+        return found
 
 
 LINEAR = Gaussian(lambda t: 1 - t, lambda t: t, lambda t: (-torch.ones_like(t), torch.ones_like(t)))
 EXPLODING = Gaussian(
     torch.ones_like, lambda t: t, lambda t: (torch.zeros_like(t), torch.ones_like(t))
 )
+TRIG = Gaussian(torch.cos, lambda t: t.sin() / 2, lambda t: (-t.sin(), t.cos() / 2))
 
 
 def ddpm(zero_terminal=False):
@@ -51,56 +81,6 @@ def draws(count, seed=1, first=0):
 
 def start(given, *shape):
     return given.noise(0, torch.empty(len(given.index), *shape, dtype=torch.float64))
-
-
-def test_index_grids_are_the_published_ones():
-    assert grids.trailing(5, 1000).tolist() == [999, 799, 599, 399, 199, -1]
-    assert grids.leading(5, 1000).tolist() == [800, 600, 400, 200, 0, -1]
-    assert grids.leading(5, 1000, offset=1)[:2].tolist() == [801, 601]
-    assert grids.uniform(5, 1000).tolist() == [999, 749, 500, 250, 0, -1]
-    assert grids.trailing(1, 1000).tolist() == grids.uniform(1, 1000).tolist() == [999, -1]
-
-
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-@pytest.mark.parametrize("steps", [1, 7, 20, 30, 50, 1000])
-def test_index_grids_are_those_of_diffusers(spacing, steps):
-    scheduler = DDIMScheduler(timestep_spacing=spacing)
-    scheduler.set_timesteps(steps)
-    make = {"linspace": grids.uniform}.get(spacing) or getattr(grids, spacing)
-    if (spacing, steps) != (
-        "linspace",
-        1,
-    ):  # theirs has only the index 0 then: no noise to start on
-        assert make(steps, 1000)[:-1].tolist() == scheduler.timesteps.tolist()
-
-
-@pytest.mark.parametrize("steps", [0, 1001])
-def test_more_steps_than_the_process_has_are_refused(steps):
-    with pytest.raises(ValueError, match=f"`steps = {steps}` does not fit a process of 1000 steps"):
-        grids.trailing(steps, 1000)
-
-
-def test_continuous_grids():
-    assert grids.shifted(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
-    assert grids.shifted(4, 3.0).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    assert grids.shifted(2, start=math.pi / 2).tolist() == pytest.approx([1.570796, 0.785398, 0])
-    levels = grids.power(18)
-    assert len(levels) == 19 and (levels.diff() < 0).all()
-    assert levels[[0, 1, 17, 18]].tolist() == pytest.approx([80, 57.58598, 0.002, 0], rel=1e-5)
-
-
-def test_euler_in_one_step_gives_the_golden_jump():
-    class Golden:
-        def flow(self, x, t):
-            return 0.3 * x + 0.1 * t[:, None]
-
-    eps = torch.cos(torch.arange(8, dtype=torch.float64)).reshape(2, 4)
-    expected = [
-        [0.6, 0.278211614108, -0.391302785583, -0.79299474762],
-        [-0.557550534605, 0.0985635298243, 0.572119200655, 0.42773157804],
-    ]
-    jumped = solvers.euler(Golden(), eps, grids.shifted(1), draws(2))
-    torch.testing.assert_close(jumped, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_a_stochastic_step_is_the_golden_posterior():
@@ -166,20 +146,137 @@ def test_stochastic_ddim_is_right_for_other_processes(model, grid):
     assert float(x.std()) == pytest.approx(STD, abs=0.02)
 
 
-@pytest.mark.parametrize("solver", [solvers.euler, solvers.ddim])
-@pytest.mark.parametrize(("model", "t"), [(LINEAR, 1.0), (EXPLODING, 4.0)])
-def test_ode_solvers_converge_with_first_order(solver, model, t):
-    """Gaussian data moves along a(t) MEAN + sqrt(a^2 STD^2 + s^2) z with z fixed."""
-    a, s = model.alpha(torch.tensor([t])), model.sigma(torch.tensor([t]))
+ORDERS = {solvers.euler: 1, solvers.ddim: 1, solvers.heun: 2}
+
+
+def along(model, t, z):
+    """Gaussian data on its path at t, with z [B, ...] fixed: a MEAN + sqrt(a^2 STD^2 + s^2) z."""
+    t = torch.tensor([t], dtype=torch.float64)
+    return model.moved(MEAN + STD * z, torch.zeros_like(t), t)
+
+
+def orders(solver, model, walks):
+    """log2 of how much smaller the error gets from one grid to the next."""
     z = start(draws(3), 5)
-    x = a * MEAN + ((a * STD) ** 2 + s**2).sqrt() * z
-    exact = MEAN + STD * z
-    errors = [
-        float((solver(model, x, grids.shifted(n, start=t), draws(3)) - exact).abs().max())
-        for n in (64, 128, 256)
-    ]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
-        assert coarse / fine == pytest.approx(2.0, abs=0.15)
+    errors = []
+    for grid in walks:
+        x = solver(model, along(model, float(grid[0]), z), grid, draws(3))
+        errors.append(float((x - MEAN - STD * z).abs().max()))
+    return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+
+
+@pytest.mark.parametrize("solver", ORDERS)
+@pytest.mark.parametrize(("model", "t"), [(LINEAR, 1.0), (EXPLODING, 4.0), (TRIG, 1.5)])
+def test_the_order_of_convergence(solver, model, t):
+    walks = [grids.shifted(n, start=t) for n in (64, 128, 256)]
+    assert orders(solver, model, walks) == pytest.approx([ORDERS[solver]] * 2, abs=0.15)
+
+
+@pytest.mark.parametrize(("model", "end"), [(LINEAR, 1.0), (EXPLODING, 9.0), (TRIG, 1.57)])
+def test_the_order_of_dpm_solver_pp_where_levels_are_even(model, end):
+    """It is exact in the logarithm of the noise: times that are even in t are not what it wants."""
+    noise = [torch.logspace(0.6, -5, n, dtype=torch.float64) for n in (64, 128, 256)]
+    walks = [torch.cat([grids.at_noise(model, s, 0, end), s.new_zeros(1)]) for s in noise]
+    assert orders(solvers.dpm_solver_pp, model, walks) == pytest.approx([2, 2], abs=0.1)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("model", "grid"),
+    [
+        (LINEAR, grids.shifted(200)),
+        (TRIG, grids.shifted(200, start=1.5645)),
+        (EXPLODING, grids.power(400, rho=3)),
+    ],
+)
+def test_noise_on_the_way_keeps_the_moments(model, grid, scale):
+    given = draws(4000)
+    noise = solvers.start(model, torch.empty(4000, 2, dtype=torch.float64), grid, given)
+    x = solvers.euler_maruyama(model, noise, grid, given, scale)
+    assert float(x.mean()) == pytest.approx(MEAN, abs=0.03)
+    assert float(x.std()) == pytest.approx(STD, abs=0.015)
+
+
+def test_without_noise_on_the_way_it_is_euler():
+    x, grid = start(draws(3), 5), grids.shifted(7)
+    ours = solvers.euler_maruyama(LINEAR, x, grid, draws(3), 0.0)
+    torch.testing.assert_close(ours, solvers.euler(LINEAR, x, grid, draws(3)))
+
+
+class Consistent(Gaussian):
+    """Its x0_hat is where the path through (x, t) ends."""
+
+    def estimates(self, x, t):
+        end = self.moved(x, t, torch.zeros_like(t))
+        return end, (x - column(self.alpha(t), x) * end) / column(self.sigma(t), x)
+
+
+@pytest.mark.parametrize("times", [[], [1.1], [1.3, 0.8, 0.2]])
+def test_multistep_with_the_exact_function_keeps_the_moments(times):
+    model = Consistent(TRIG.alpha, TRIG.sigma)
+    grid, given = torch.tensor([1.56454, *times, 0], dtype=torch.float64), draws(4000)
+    noise = solvers.start(model, torch.empty(4000, 2, dtype=torch.float64), grid, given)
+    x = solvers.multistep(model, noise, grid, given)
+    assert float(x.mean()) == pytest.approx(MEAN, abs=0.02)
+    assert float(x.std()) == pytest.approx(STD, abs=0.01)
+
+
+def test_multistep_draws_fresh_noise_for_each_time():
+    grid, given, x = grids.shifted(3), draws(3), start(draws(3), 5)
+    model, t = Consistent(LINEAR.alpha, LINEAR.sigma), grid[:, None].expand(4, 3)
+    for step in range(3):
+        clean = model.estimates(x, t[step])[0]
+        x = (1 - grid[step + 1]) * clean + grid[step + 1] * given.noise(step + 1, clean)
+    last = solvers.multistep(model, start(draws(3), 5), grid, draws(3))
+    torch.testing.assert_close(last, clean)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("model", "t"), [(LINEAR, 1.0), (EXPLODING, 80.0), (TRIG, 1.5)])
+def test_jumps_by_the_exact_average_flow_are_exact(model, t, steps):
+    z = start(draws(3), 5)
+    x = solvers.jump(model, along(model, t, z), grids.shifted(steps, start=t), draws(3))
+    torch.testing.assert_close(x, MEAN + STD * z)
+
+
+@pytest.mark.parametrize(
+    ("solver", "calls"),
+    [
+        (solvers.ddim, 5),
+        (solvers.euler, 5),
+        (solvers.heun, 9),
+        (solvers.euler_maruyama, 5),
+        (solvers.dpm_solver_pp, 5),
+        (solvers.multistep, 5),
+        (solvers.jump, 5),
+    ],
+)
+def test_how_often_the_network_is_asked(solver, calls):
+    model = Counted(LINEAR)
+    solver(model, start(draws(2), 3), grids.shifted(5), draws(2))
+    assert model.calls == calls
+
+
+@pytest.mark.parametrize("terminal", ["free", "zero"])
+def test_dpm_solver_pp_follows_diffusers_step_by_step(terminal):
+    scheduler = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+        final_sigmas_type="zero",
+        rescale_betas_zero_snr=terminal == "zero",
+    )
+    scheduler.set_timesteps(20)
+    model = ddpm(terminal == "zero")
+    x = first = start(draws(4), 6)
+    for t in scheduler.timesteps:
+        x0_hat, eps_hat = model.estimates(x, t.expand(4))
+        v = model.alpha(t) * eps_hat - model.sigma(t) * x0_hat
+        x = scheduler.step(v, t, x).prev_sample
+    ours = solvers.dpm_solver_pp(model, first, grids.trailing(20, 1000), draws(4))
+    torch.testing.assert_close(ours, x, rtol=0, atol=5e-4)  # their table is float32
 
 
 def test_euler_and_ddim_agree_where_alpha_is_one():
@@ -188,15 +285,36 @@ def test_euler_and_ddim_agree_where_alpha_is_one():
     torch.testing.assert_close(by_flow, by_estimates)
 
 
-def test_samples_do_not_depend_on_the_batch_they_are_in():
-    grid = grids.trailing(10, 1000)
+NOISY = [partial(solvers.ddim, eta=1.0), solvers.euler_maruyama, solvers.multistep]
+
+
+@pytest.mark.parametrize("solver", NOISY)
+def test_samples_do_not_depend_on_the_batch_they_are_in(solver):
+    grid = grids.shifted(10)
     runs = [draws(6), draws(2), draws(4, first=2)]
-    whole, *parts = (solvers.ddim(ddpm(), start(g, 3), grid, g, eta=1.0) for g in runs)
+    whole, *parts = (solver(LINEAR, start(g, 3), grid, g) for g in runs)
     assert torch.equal(whole, torch.cat(parts))
 
 
+def test_noise_of_another_law():
+    def law(like, draws):
+        level = draws.normal("level", 0.0, 1.0)
+        return draws.noise("eps", like) + 0.1 * column(level, like)
+
+    grid, index = grids.shifted(3), torch.arange(4)
+    given = solvers.Draws(1, index, law)
+    like = torch.empty(4, 3, dtype=torch.float64)
+    step = Draws(1, 0, index, torch.float64)
+    torch.testing.assert_close(solvers.start(LINEAR, like, grid, given), law(like, step))
+    moved = solvers.multistep(LINEAR, like.zero_(), grid, given)
+    assert not torch.equal(moved, solvers.multistep(LINEAR, like, grid, solvers.Draws(1, index)))
+
+
+SOLVERS = (*ORDERS, solvers.dpm_solver_pp, solvers.euler_maruyama, solvers.jump, solvers.multistep)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("solver", [solvers.euler, solvers.ddim])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_the_precision_of_x_is_kept(solver, dtype):
     x = torch.zeros(2, 3, 4, 4, dtype=dtype)
     assert solver(LINEAR, x, grids.shifted(3), draws(2)).dtype == dtype

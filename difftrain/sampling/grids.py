@@ -55,13 +55,13 @@ def _indices(times: Tensor) -> Tensor:
 
 
 def shifted(steps: int, k: float = 1.0, start: float = 1.0, end: float = 0.0) -> Tensor:
-    """Times of a continuous process: float64 [steps + 1], k u / (1 + (k - 1) u) over even u.
+    """Times of a continuous process from `start` to `end`: float64 [steps + 1].
 
-    u runs from `start` to `end`; k = 1 is the even grid. k > 1 spends more steps on noise and is
-    meant for times in [0, 1] (arXiv:2403.03206 eq. 23).
+    k u / (1 + (k - 1) u) of the way back, over even u: k = 1 is the even grid, k > 1 spends more
+    steps on noise (arXiv:2403.03206 eq. 23, where start = 1 and end = 0).
     """
-    u = torch.linspace(start, end, steps + 1, dtype=torch.float64)
-    return k * u / (1 + (k - 1) * u)
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return end + (start - end) * k * u / (1 + (k - 1) * u)
 
 
 def power(steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -99,7 +99,8 @@ def grid(law: Law, options: Mapping[str, object], levels: Levels) -> Tensor:
     """
     check(law, options)
     listed = options.get("times", ())
-    whole = _named(law, options, levels, 1 if listed else options["steps"])
+    steps = 1 if listed else options["steps"]
+    whole = _named(law, {**DEFAULTS, **options, "steps": steps}, levels)
     between = torch.tensor(listed, dtype=whole.dtype)
     return torch.cat([whole[:1], between, whole[1:]])
 
@@ -107,6 +108,7 @@ def grid(law: Law, options: Mapping[str, object], levels: Levels) -> Tensor:
 def check(law: Law, options: Mapping[str, object]) -> None:
     """Raises ValueError, in the words of the options, for what does not fit the process."""
     (kind, low, high), word = law, chosen(law, options)
+    options = {**DEFAULTS, **options}
     if (word in INDEX) != (kind == "index"):
         fitting = INDEX if kind == "index" else READ
         raise ValueError(
@@ -115,8 +117,12 @@ def check(law: Law, options: Mapping[str, object]) -> None:
         )
     read = {*READ.get(word, ()), *(("high",) if kind == "open" else ())}
     for name, usual in DEFAULTS.items():
-        if name not in read and options.get(name, usual) != usual:
+        if name not in read and options[name] != usual:
             raise ValueError(f"`{name}` does nothing on the grid `{word}`: leave it out")
+    if word == "power" and options["low"] >= options["high"]:
+        raise ValueError(
+            "`low` must be below `high`: sigma / alpha falls from the one to the other"
+        )
     if options.get("times"):
         _check_listed(list(options["times"]), options["steps"], low, high, kind == "index")
     elif kind == "index":
@@ -142,21 +148,25 @@ def _check_listed(times: list, steps: int, low: float, high: float, counted: boo
         )
 
 
-def _named(law: Law, options: Mapping[str, object], levels: Levels, steps: int) -> Tensor:
-    (kind, end, start), word = law, chosen(law, options)
+def _named(law: Law, options: Mapping[str, object], levels: Levels) -> Tensor:
+    (kind, end, start), word, steps = law, chosen(law, options), options["steps"]
     if word in INDEX:
         return INDEX[word](steps, int(start))
-    low, high, rho = (options.get(name, DEFAULTS[name]) for name in ("low", "high", "rho"))
     if word == "power":
-        least, most = _reach(levels, end, start)
-        # a solver that starts afresh from every x0 would gain nothing from a time at `low`
-        extra = "times" in options
-        noise = power(steps + extra, max(low, least), min(high, most), rho)[:steps]
+        noise = _noise(options, *_reach(levels, end, start))
         return torch.cat([at_noise(levels, noise, end, start), noise.new_tensor([end])])
     if kind == "open":
-        noise = torch.tensor([float(high)], dtype=torch.float64)
+        noise = torch.tensor([float(options["high"])], dtype=torch.float64)
         start = at_noise(levels, noise, end, start).item()
-    return shifted(steps, options.get("shift", 1), start, end)
+    return shifted(steps, options["shift"], start, end)
+
+
+def _noise(options: Mapping[str, object], least: float, most: float) -> Tensor:
+    """sigma / alpha at each step, within what the process reaches: [steps]."""
+    steps, low, high = options["steps"], max(options["low"], least), min(options["high"], most)
+    # a solver that starts afresh from every x0 gains nothing from a time at `low`
+    afresh = "times" in options
+    return power(steps + afresh, low, high, options["rho"])[:steps]
 
 
 def _reach(levels: Levels, *ends: float) -> tuple[float, ...]:
@@ -168,10 +178,8 @@ def _reach(levels: Levels, *ends: float) -> tuple[float, ...]:
 def at_noise(levels: Levels, noise: Tensor, low: float, high: float) -> Tensor:
     """The times at which sigma / alpha, which grows with t, is `noise` [N]: float64 [N], by
     bisection of low .. high, where `high` may be infinite."""
-    below, above = (
-        torch.full_like(noise, low),
-        torch.full_like(noise, high if math.isfinite(high) else 1.0),
-    )
+    below = torch.full_like(noise, low)
+    above = torch.full_like(noise, high if math.isfinite(high) else 1.0)
     while math.isinf(high) and bool(_quieter(levels, above, noise).any()):
         above = 2 * above
     for _ in range(HALVINGS):
