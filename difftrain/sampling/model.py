@@ -31,8 +31,9 @@ class Levels:
 
     def slopes(self, t: Tensor) -> Pair:
         """The time derivatives of both at t [B]."""
-        both = torch.func.jvp(lambda t: (self.alpha(t), self.sigma(t)), (t,), (torch.ones_like(t),))
-        return both[1]
+        t = t.contiguous()  # one expanded number cannot carry a derivative for each sample
+        ones = torch.ones_like(t)
+        return torch.func.jvp(lambda t: (self.alpha(t), self.sigma(t)), (t,), (ones,))[1]
 
     def _level(self, name: str, t: Tensor) -> Tensor:
         inputs = {"t": t, "step": torch.zeros(())}

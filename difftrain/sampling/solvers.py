@@ -1,6 +1,7 @@
 """Solvers: plain functions `(model, x, grid, draws) -> x` from noise to data.
 
-`x` is [B, ...], a draw at `grid[0]`; `grid` [N + 1] decreases and ends at the clean data.
+`x` is [B, ...], a draw at `grid[0]`; `grid` [N + 1] decreases and ends at the clean data. Levels
+are computed in the precision of the grid, and networks asked in that of x.
 """
 
 import math
@@ -65,8 +66,8 @@ class Draws:
 
 def start(model: Model, like: Tensor, grid: Tensor, draws: Draws) -> Tensor:
     """Pure noise at `grid[0]`, sigma eps: shape and dtype of `like` [B, ...]."""
-    t = _beside(grid, like)[0].expand(len(like))
-    return _column(model.sigma(t), like).to(like.dtype) * draws.noise(0, like)
+    sigma = _levels(model, grid.to(like.device)[0], like)[1]
+    return sigma.to(like.dtype) * draws.noise(0, like)
 
 
 def ddim(model: Model, x: Tensor, grid: Tensor, draws: Draws, eta: float = 0.0) -> Tensor:
@@ -75,12 +76,12 @@ def ddim(model: Model, x: Tensor, grid: Tensor, draws: Draws, eta: float = 0.0) 
     The last entry of the grid stands for alpha = 1, sigma = 0, whatever the process has there (an
     index process has nothing): the result is the last x0_hat.
     """
-    grid = _beside(grid, x)
-    for step in range(1, len(grid) - 1):
-        t, s = (time.expand(len(x)) for time in grid[step - 1 : step + 1])
+    grid = grid.to(x.device)
+    for step, (t, s) in enumerate(pairwise(grid[:-1]), 1):
         noise = draws.noise(step, x) if eta else torch.zeros_like(x)
-        x = ddim_move(model.estimates(x, t), _levels(model, t, x), _levels(model, s, x), noise, eta)
-    return model.estimates(x, grid[-2].expand(len(x)))[0]
+        estimates = model.estimates(x, _rows(t, x))
+        x = ddim_move(estimates, _levels(model, t, x), _levels(model, s, x), noise, eta)
+    return model.estimates(x, _rows(grid[-2], x))[0]
 
 
 def ddim_move(estimates: Pair, here: Pair, there: Pair, noise: Tensor, eta: float) -> Tensor:
@@ -102,8 +103,8 @@ def euler(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
     On alpha = 1, sigma = t it is the Euler method of arXiv:2206.00364 (algorithm 1 without its
     correction); on the linear process that of arXiv:2209.03003. First order in the step.
     """
-    for t, s in pairwise(_beside(grid, x)):
-        x = x + (s - t) * model.flow(x, t.expand(len(x)))
+    for t, s in pairwise(grid.to(x.device)):
+        x = x + (s - t) * model.flow(x, _rows(t, x))
     return x
 
 
@@ -114,15 +115,12 @@ def heun(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
     that of (x_s, s), asked for anew, and the last step is an Euler step, as the flow may have no
     value at the clean end. Second order in the step, 2 N - 1 evaluations.
     """
-    grid = _beside(grid, x)
-    for step in range(1, len(grid)):
-        t, s = grid[step - 1 : step + 1]
-        slope = model.flow(x, t.expand(len(x)))
-        if step < len(grid) - 1:
-            ahead = x + (s - t) * slope
-            slope = (slope + model.flow(ahead, s.expand(len(x)))) / 2
-        x = x + (s - t) * slope
-    return x
+    grid = grid.to(x.device)
+    for t, s in pairwise(grid[:-1]):
+        slope = model.flow(x, _rows(t, x))
+        ahead = x + (s - t) * slope
+        x = x + (s - t) * (slope + model.flow(ahead, _rows(s, x))) / 2
+    return euler(model, x, grid[-2:], draws)
 
 
 def jump(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
@@ -131,82 +129,78 @@ def jump(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
     For networks with two times (arXiv:2505.13447 eq. 12), which make one step as well as many.
     Draws nothing.
     """
-    for t, r in pairwise(_beside(grid, x)):
-        x = x - (t - r) * model.average(x, t.expand(len(x)), r.expand(len(x)))
+    for t, r in pairwise(grid.to(x.device)):
+        x = x - (t - r) * model.average(x, _rows(t, x), _rows(r, x))
     return x
 
 
 def multistep(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
     """Data [B, ...] by estimating x0 and noising it again, to ever earlier times.
 
-    arXiv:2303.01469 algorithm 1, for networks whose `x0_hat` at any time lies on the path's clean
-    end: x_s = alpha_s x0_hat + sigma_s noise. The function that latent consistency distillation
-    trains, c_skip x + c_out x0_hat, differs from x0_hat by a factor of 7e-6 at most.
+    arXiv:2303.01469 algorithm 1, for networks whose `x0_hat` is the clean end of the path through
+    (x, t): x_s = alpha_s x0_hat + sigma_s noise. A network trained with boundary factors of its
+    own, c_skip x + c_out x0_hat, is read the same way: away from the clean end they are 0 and 1
+    (arXiv:2310.04378: c_skip is below 7e-6 at every time that is trained).
     """
-    grid = _beside(grid, x)
-    for step in range(1, len(grid) - 1):
-        t, s = (time.expand(len(x)) for time in grid[step - 1 : step + 1])
-        a, b = _levels(model, s, x)
-        x = (a * model.estimates(x, t)[0] + b * draws.noise(step, x)).to(x.dtype)
-    return model.estimates(x, grid[-2].expand(len(x)))[0]
+    grid = grid.to(x.device)
+    for step, (t, s) in enumerate(pairwise(grid[:-1]), 1):
+        alpha, sigma = _levels(model, s, x)
+        x0_hat = model.estimates(x, _rows(t, x))[0]
+        x = (alpha * x0_hat + sigma * draws.noise(step, x)).to(x.dtype)
+    return model.estimates(x, _rows(grid[-2], x))[0]
 
 
 def euler_maruyama(
     model: Model, x: Tensor, grid: Tensor, draws: Draws, scale: float = 1.0
 ) -> Tensor:
-    """Data [B, ...] by the reverse stochastic equation, its noise `scale` times a standard one.
+    """Data [B, ...] by the reverse stochastic equation, `scale` times as noisy as a usual one.
 
-    Every g gives the same marginals (arXiv:2011.13456 appendix D.1, arXiv:2401.08740 eq. 6):
-    dx = (flow - g^2 score / 2) dt + g dB. Here g^2 = 2 scale W sigma with W = alpha sigma' - sigma
-    alpha': that of the forward process times alpha, which is finite where alpha is 0, and the term
-    of the score becomes W scale eps_hat. scale = 0 is Euler's method. The last step draws nothing.
+    dx = (flow - g^2 score / 2) dt + g dB has the same marginals for every g (arXiv:2011.13456
+    appendix D.1). Here g^2 = 2 scale W sigma with W = alpha sigma' - sigma alpha': alpha times that
+    of the forward process, so that it is finite where alpha is 0; the term of the score is then
+    scale W eps_hat, which divides by nothing. The last step, and all with scale = 0, are Euler's.
     """
-    grid = _beside(grid, x)
-    for step in range(1, len(grid) - 1):
-        t, s = grid[step - 1 : step + 1]
-        moved = _stochastic(model, x, t.expand(len(x)), s - t, scale, draws.noise(step, x))
-        x = moved.to(x.dtype)
+    grid = grid.to(x.device)
+    for step, (t, s) in enumerate(pairwise(grid[:-1]), 1):
+        x = _stochastic(model, x, t, s - t, scale, draws.noise(step, x))
     return euler(model, x, grid[-2:], draws)
 
 
 def _stochastic(
     model: Model, x: Tensor, t: Tensor, h: Tensor, scale: float, noise: Tensor
 ) -> Tensor:
-    """One step of length h < 0 from t [B]: [B, ...]."""
-    x0_hat, eps_hat = model.estimates(x, t)
-    (a, s), (da, ds) = (
-        [_column(c, x) for c in pair]
-        for pair in ((model.alpha(t), model.sigma(t)), model.slopes(t))
-    )
-    spread = scale * (a * ds - s * da)
-    drift = da * x0_hat + (ds + spread) * eps_hat
-    return x + h * drift + (2 * spread * s * -h).sqrt() * noise
+    """One step of length h < 0 from the time t: [B, ...]."""
+    x0_hat, eps_hat = model.estimates(x, _rows(t, x))
+    alpha, sigma = _levels(model, t, x)
+    rise, fall = (_column(slope, x) for slope in model.slopes(t.expand(len(x))))
+    spread = scale * (alpha * fall - sigma * rise)
+    drift = rise * x0_hat + (fall + spread) * eps_hat
+    return (x + h * drift + (-2 * h * spread * sigma).sqrt() * noise).to(x.dtype)
 
 
 def dpm_solver_pp(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
     """Data [B, ...] by the exact solution for an x0_hat that is linear in log(alpha / sigma).
 
     arXiv:2211.01095 algorithm 2 (DPM-Solver++(2M)): the line goes through this estimate and the
-    one before. The last step is the last x0_hat, as in `ddim`, whose step the first one is. Second
-    order in the step; draws nothing.
+    one before. The first step is that of `ddim`, and so is the last, to the last x0_hat. Second
+    order where steps are even in that logarithm; draws nothing.
     """
-    grid = _beside(grid, x)
-    before = length = None
+    grid = grid.to(x.device)
+    lead, before = 0, None
     for t, s in pairwise(grid[:-1]):
-        here, there = (_levels(model, time.expand(len(x)), x) for time in (t, s))
-        x0_hat = model.estimates(x, t.expand(len(x)))[0]
-        h = _log_ratio(there) - _log_ratio(here)
-        # 1 / (2 r) of the paper; 0 after a step from pure noise, which is infinitely long
-        lead = 0 if before is None else (h / (2 * length)).to(x.dtype) * (x0_hat - before)
-        (a_t, s_t), (a_s, s_s) = here, there
-        moved = s_s / s_t * x + (a_s - s_s * a_t / s_t) * (x0_hat + lead)
-        x, before, length = moved.to(x.dtype), x0_hat, h
-    return model.estimates(x, grid[-2].expand(len(x)))[0]
+        (a_t, s_t), (a_s, s_s) = _levels(model, t, x), _levels(model, s, x)
+        x0_hat = model.estimates(x, _rows(t, x))[0]
+        length = _log_ratio(a_s, s_s) - _log_ratio(a_t, s_t)
+        if before:  # 1 / (2 r) of the paper; 0 after a step from pure noise, which has no end
+            lead = length / (2 * before[1]) * (x0_hat - before[0])
+        x = (s_s / s_t * x + (a_s - s_s * a_t / s_t) * (x0_hat + lead)).to(x.dtype)
+        before = x0_hat, length
+    return model.estimates(x, _rows(grid[-2], x))[0]
 
 
-def _log_ratio(levels: Pair) -> Tensor:
+def _log_ratio(alpha: Tensor, sigma: Tensor) -> Tensor:
     """log(alpha / sigma)."""
-    return levels[0].log() - levels[1].log()
+    return alpha.log() - sigma.log()
 
 
 def guided(
@@ -237,13 +231,14 @@ def _mix(c: Tensor, u: Tensor, w: Tensor) -> Tensor:
     return u + _column(w, u).to(u.dtype) * (c - u)
 
 
-def _beside(grid: Tensor, x: Tensor) -> Tensor:
-    """The grid on x's device; real times in x's precision, indices as they are."""
-    return grid.to(x.device, x.dtype if grid.is_floating_point() else grid.dtype)
+def _rows(time: Tensor, x: Tensor) -> Tensor:
+    """A time of the grid for every row, as networks are told it: a real one in x's precision."""
+    return time.expand(len(x)).to(x.dtype if time.is_floating_point() else time.dtype)
 
 
-def _levels(model: Model, t: Tensor, x: Tensor) -> Pair:
-    """alpha and sigma at t [B], shaped to multiply x."""
+def _levels(model: Model, time: Tensor, x: Tensor) -> Pair:
+    """alpha and sigma at a time of the grid, in its precision, shaped to multiply x."""
+    t = time.expand(len(x))
     return _column(model.alpha(t), x), _column(model.sigma(t), x)
 
 
