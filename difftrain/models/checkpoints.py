@@ -160,20 +160,20 @@ def _read(weights: str) -> dict[str, Tensor]:
 def _same(found: Mapping[str, Tensor], wanted: Mapping[str, Shape], weights: str) -> None:
     """Refuses a file that lacks a tensor, has one too many, or one of another shape."""
     if lost := sorted(wanted.keys() - found.keys()):
-        raise PartError(
-            f"the weights in `{weights}` lack {len(lost)} tensors, such as `{lost[0]}`: {ADVICE}"
-        )
+        raise PartError(f"the weights in `{weights}` lack {_some(lost)}: {ADVICE}")
     if more := sorted(found.keys() - wanted.keys()):
-        raise PartError(
-            f"this network has no place for {len(more)} tensors in `{weights}`, such as "
-            f"`{more[0]}`: {ADVICE}"
-        )
+        raise PartError(f"this network has no place for {_some(more)} in `{weights}`: {ADVICE}")
     for name, shape in wanted.items():
         if tuple(found[name].shape) != shape:
             raise PartError(
                 f"`{name}` is {list(found[name].shape)} in `{weights}`, but {list(shape)} in this "
                 f"network: {ADVICE}"
             )
+
+
+def _some(names: list[str]) -> str:
+    one = f"`{names[0]}`"
+    return one if len(names) == 1 else f"{len(names)} tensors (such as {one})"
 
 
 def _agree(found: Mapping[str, Tensor], fixed: Mapping[str, Tensor], weights: str) -> None:

@@ -55,13 +55,13 @@ def picture(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 def positions(grid: tuple[int, int], width: int, device, dtype: torch.dtype) -> Tensor:
     """Fixed embeddings [h * w, width] of the places in a grid: sines and cosines of the column in
     the first half, of the row in the second."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    rows, columns = (torch.arange(n, device=device, dtype=dtype) for n in grid)
-    omega = _falling(width // 4, device, dtype)
+    exact = torch.promote_types(dtype, torch.float32)
+    rows, columns = (torch.arange(n, device=device, dtype=exact) for n in grid)
+    omega = _falling(width // 4, device, exact)
     across, down = (_waves(at[:, None] * omega) for at in (columns, rows))
     h, w = grid
     both = (across.expand(h, w, -1), down[:, None].expand(h, w, -1))
-    return torch.cat(both, dim=-1).flatten(0, 1)
+    return torch.cat(both, dim=-1).flatten(0, 1).to(dtype)
 
 
 def _waves(angle: Tensor) -> Tensor:
@@ -75,10 +75,11 @@ def _falling(count: int, device, dtype: torch.dtype) -> Tensor:
 
 def rotations(grid: tuple[int, int], width: int, device, dtype: torch.dtype) -> Tensor:
     """Cosines and sines [2, h * w, width] of the angles by which the pairs of a head are turned:
-    half of the pairs by the row, half by the column (arXiv:2104.09864, arXiv:2303.11331)."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    rows, columns = (torch.arange(n, device=device, dtype=dtype) for n in grid)
-    omega = _falling(width // 4, device, dtype).repeat_interleave(2)
+    half of the pairs by the row, half by the column (arXiv:2104.09864, arXiv:2303.11331). They
+    are float32 at least."""
+    exact = torch.promote_types(dtype, torch.float32)
+    rows, columns = (torch.arange(n, device=device, dtype=exact) for n in grid)
+    omega = _falling(width // 4, device, exact).repeat_interleave(2)
     h, w = grid
     down = (rows[:, None] * omega)[:, None].expand(h, w, -1)
     across = (columns[:, None] * omega).expand(h, w, -1)

@@ -119,7 +119,8 @@ class Transformer(nn.Module):
     def _tokens(self, x: Tensor, extra: Mapping[str, Tensor], grid: tuple[int, int]) -> Tensor:
         """[B, T, width] of x with the earlier estimate beside it, in the residual's precision."""
         seen = torch.cat((x, extra["guess"]), dim=1) if "guess" in self.form.inputs else x
-        return self.x_embedder(seen) + positions(grid, self.form.width, x.device, x.dtype)
+        dtype = self.x_embedder.proj.weight.dtype
+        return self.x_embedder(seen) + positions(grid, self.form.width, x.device, dtype)
 
     def _condition(self, t: Tensor, cond: Tensor | None, extra: Mapping[str, Tensor]):
         """What every block is told, [B, width], and the text it may look at, [B, S, width]."""
@@ -148,7 +149,7 @@ class Transformer(nn.Module):
 
 def initialise(module: nn.Module) -> None:
     """Random weights as DiT begins: gates, the output and what looks at text start at 0."""
-    for part in module.modules():
+    for part in reversed(list(module.modules())):  # what is inside first
         match part:
             case nn.Linear() | nn.Conv2d():
                 nn.init.xavier_uniform_(part.weight.flatten(1))
@@ -157,8 +158,6 @@ def initialise(module: nn.Module) -> None:
                 nn.init.normal_(part.weight, std=0.02)
             case nn.RMSNorm() | nn.LayerNorm():
                 part.reset_parameters()
-    for part in module.modules():
-        match part:
             case Scalar():
                 nn.init.normal_(part.mlp[0].weight, std=0.02)
                 nn.init.normal_(part.mlp[2].weight, std=0.02)
@@ -210,8 +209,8 @@ def transformer(
     `tap` counts blocks from 1. `clock` says what times the network knows: an `index`, `noise` (0 is
     data, 1 is noise), or `data`, the other way round: then it is fed 1 - t and its output is
     negated, which makes flows of one convention flows of the other. `size` is the pictures' side in
-    pixels, `text` an encoder of text or of classes. Networks for `forward_mode` have a derivative
-    in the direction of their inputs.
+    pixels, `text` an encoder of text or of classes. With `forward_mode` the network can be
+    differentiated forward, by `torch.func.jvp`, wherever it runs.
     """
     shape = codec.shape(size) if codec else (LATENT, size // FACTOR, size // FACTOR)
     form = Form(
