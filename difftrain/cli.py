@@ -162,6 +162,7 @@ COMMANDS: dict[str, Command] = {
                 help="what to draw; several are drawn in turn, none draws captions",
             ),
             arg("-n", "--count", type=_some, metavar="N", help="how many pictures"),
+            arg("--save", metavar="FILE", help="an .npz for all pictures, beside the grid"),
             SET,
             arg("-o", "--output", metavar="FILE", help="a PNG; the run's name if not said"),
         ),

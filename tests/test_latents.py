@@ -167,7 +167,7 @@ def test_a_codec_without_a_fingerprint_is_never_kept(tmp_path, photos):
 
 
 def test_latents_that_are_not_finite_name_their_picture(encoded):
-    with pytest.raises(DataError, match=r"`a.png` are not finite \(5 of 5 pictures\).*fp32"):
+    with pytest.raises(DataError, match=r"`a.png` are not finite \(5 of 5 samples\).*fp32"):
         encoded(codec=Unshuffle(float("inf")))
 
 

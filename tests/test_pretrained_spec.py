@@ -17,6 +17,7 @@ from difftrain.language.explain import explain
 from difftrain.language.spec import read_text
 from difftrain.language.tree import Source
 from difftrain.training.bundle import compile_spec
+from difftrain.training.known import Known
 from difftrain.training.parts import build_parts
 from difftrain.training.pretrained import disagreements
 
@@ -311,7 +312,7 @@ def test_errors_end_the_run_before_it_starts(run, capsys):
 
 def test_the_weights_are_those_of_the_folder(run):
     objective = check(read_text("tiny.diff"))[0].objective()
-    parts = build_parts(objective, [], 0, "cpu")
+    parts = build_parts(objective, Known(), 0, "cpu")
     student = parts.modules["student"].module
     for module, folder in (
         (student, "unet"),

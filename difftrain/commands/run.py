@@ -52,6 +52,13 @@ def sample(args: Namespace) -> int:
     from difftrain.training.samples import sample as draw
 
     changes = settings(args.settings)
-    path = draw(args.run, changes, prompts=args.prompts, count=args.count, out=args.output)
+    path = draw(
+        args.run,
+        changes,
+        prompts=args.prompts,
+        count=args.count,
+        out=args.output,
+        save=args.save,
+    )
     print(path)
     return CLEAN

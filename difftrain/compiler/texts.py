@@ -1,6 +1,7 @@
 """The texts that a compiled spec is kept as, by file name: in an executable and in a run folder.
 
     spec.diff, imports/…   what was compiled, and every file of the user's that it imports
+    parts/….py             the user's own Python, where parts are built by it
     manifest.json          names, hashes, versions, settings, shapes
     step.py, …, graph.txt  what was emitted
 
@@ -22,9 +23,9 @@ from difftrain.language.names import Names
 from difftrain.language.spec import Spec, read_text
 from difftrain.language.tree import Source
 
-SPEC, MANIFEST, IMPORTS = "spec.diff", "manifest.json", "imports/"
+SPEC, MANIFEST, IMPORTS, PARTS = "spec.diff", "manifest.json", "imports/", "parts/"
 PACKAGES = ("torch", "diffusers", "transformers")
-KEPT = (SPEC, MANIFEST, "*.py", "*.txt", f"{IMPORTS}**/*.diff")
+KEPT = (SPEC, MANIFEST, "*.py", "*.txt", f"{IMPORTS}**/*.diff", f"{PARTS}**/*.py")
 
 Texts = Mapping[str, str]
 

@@ -45,7 +45,12 @@ def builder(part: Part) -> Callable:
 
 def reads_names(part: Part) -> bool:
     """Whether an encoder takes whole texts, such as labels, and not their tokens."""
-    return part.module == "label" or part.module not in PLACES
+    return part.module == "label" or is_foreign(part)
+
+
+def is_foreign(part: Part) -> bool:
+    """Whether a part is built by Python that is not difftrain's."""
+    return part.module not in PLACES
 
 
 def build(part: Part | tuple[Part, ...], **context):

@@ -197,8 +197,8 @@ class Batches:
 
     `batch_size` counts the samples of all processes; process `rank` of `world` gets its equal part.
     Step k holds the global samples from k * batch_size on, so one integer resumes a run. A dict has
-    `index` int64 [B]; `latents` [B, C, h, w], or `image` uint8 [B, 3, size, size] where pictures
-    are streamed; `input_ids` [B, T] where there is a tokenizer; `metadata`, B dicts.
+    `index` int64 [B]; `latents` [B, C, ...]; `image` uint8 [B, 3, size, size] where pictures are
+    kept or streamed; `input_ids` [B, T] where there is a tokenizer; `metadata`, B dicts.
     """
 
     data: Prepared
@@ -223,7 +223,9 @@ class Batches:
     def at(self, step: int) -> dict[str, object]:
         """The batch of any step."""
         if self._encoded:
-            return self._batch(step, {"latents": self.data.latents[self._rows(step)]})
+            held = {"latents": self.data.latents, "image": self.data.images}
+            rows = self._rows(step)
+            return self._batch(step, {k: v[rows] for k, v in held.items() if v is not None})
         return next(self._streamed([step]))
 
     @property

@@ -15,7 +15,7 @@ from pathlib import Path
 import difftrain
 from difftrain.compiler.emit import emit
 from difftrain.compiler.program import load
-from difftrain.compiler.step import Inputs, Recipe, emit_step
+from difftrain.compiler.step import Inputs, Recipe, emit_step, inputs_read
 from difftrain.compiler.texts import (
     MANIFEST,
     SPEC,
@@ -35,15 +35,17 @@ from difftrain.language.options import Run, defaults
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective, Spec, read_text
 from difftrain.language.tree import Source
+from difftrain.training import own
 
 ESTIMATES = ("x0_hat", "eps_hat")
 MOMENT = ("xt", "t", "r")  # what a solver decides, as far as an objective has it
+ARRAYS = "arrays"  # the source of what is no picture
 LEVELS = ("alpha", "sigma", "row_a")
 RUNTIME = {  # what may be set without compiling again
     "data": ("source", "size", "batch", "captions"),
     "train": (
-        "steps", "device", "compile", "resume_from", "seed", "keep", "save_every", "sample_every",
-        "log_every",
+        "steps", "device", "compile", "resume_from", "start_from", "teacher", "seed", "keep",
+        "save_every", "sample_every", "log_every",
     ),
     "sample": ("solver", "guidance", "prompts", "count", "seed"),
 }  # fmt: skip
@@ -119,6 +121,7 @@ def compile_source(source: Source, settings: Mapping[str, str] | None = None) ->
     texts = {
         SPEC: format_text(written_out(source)),
         **imported(spec.names, Path(source.path).parent),
+        **own.sources(objective, Path(source.path).parent),
         "step.py": step.source,
         "estimates.py": emit(estimates, f"What `{objective.name}` estimates from xt at t."),
         "levels.py": emit(levels, f"The levels of `{objective.name}` at t."),
@@ -143,10 +146,17 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
         "difftrain": difftrain.__version__,
         "versions": versions(),
         "precision": f"{train['precision']} forwards, fp32 weights, moments and average",
-        "shapes": {"batch": data["batch"], "picture": [3, data["size"], data["size"]]},
+        "shapes": {"batch": data["batch"], **picture_shape(data)},
         "streams": [d["name"] for d in draws(loss)],
         "time": horizon(objective),
     }
+
+
+def picture_shape(data: Run) -> dict[str, list[int]]:
+    """The shape of a picture, where the data are pictures."""
+    if data["source"].module == ARRAYS:
+        return {}
+    return {"picture": [3, data["size"], data["size"]]}
 
 
 def digest(text: str) -> str:
@@ -171,14 +181,20 @@ def recipe(spec: Spec) -> Recipe:
     )
 
 
-def text_part(objective: Objective) -> Part | None:
-    """The declared text encoder."""
+def text_part(objective: Objective) -> Part | tuple[Part, ...] | None:
+    """The declared encoder of conditions, or several that are joined."""
     part = objective.backbone.part.options.get("text") if objective.backbone else None
-    return part if isinstance(part, Part) else None
+    return part if each_part(part) else None
+
+
+def each_part(part: object) -> tuple[Part, ...]:
+    """The parts that an option's value holds."""
+    values = part if isinstance(part, tuple) else (part,)
+    return tuple(value for value in values if isinstance(value, Part))
 
 
 def step_inputs(objective: Objective, given: tuple[str, ...] = ()) -> Inputs:
     """What the step reads from a batch of ours."""
     text = text_part(objective)
-    trained = bool(text and text.options.get("train"))
-    return Inputs(given, text is not None, trained)
+    trained = any(part.options.get("train") for part in each_part(text))
+    return Inputs(given, text is not None, trained, "image" in inputs_read(objective))

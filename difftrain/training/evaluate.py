@@ -1,4 +1,4 @@
-"""What a run shows of itself: sample grids, and losses on pictures it has not seen."""
+"""What a run shows of itself: samples, and losses on data that it has not seen."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from difftrain.language.part import Part
 from difftrain.sampling import grids, solvers
 from difftrain.sampling.model import Levels, Sampler
 from difftrain.training.bundle import Bundle
+from difftrain.training.latents import Prepared, signed
 from difftrain.training.parts import Parts
+from difftrain.training.state import AVERAGE
 
 ROUNDS = 8  # times and noises each held-out picture is seen at
 SEED = 20_231  # of the fixed draws of every validation
 TOGETHER = 64  # pictures drawn at a time, at most
+AT_ONCE = 256  # pictures whose losses are computed at a time, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,41 +129,55 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    made: Programs, parts: Parts, weights: Tensor, latents: Tensor, ids: Tensor | None
+    made: Programs, parts: Parts, state: Mapping[str, Tensor], unseen: Prepared
 ) -> Validation:
-    """The losses on latents [N, C, h, w] with token ids [N, T]."""
-    nets = parts.plan.bind(parts.modules, weights)
-    cond = None if ids is None else nets["text"](ids.to(weights.device))
-    latents = latents.to(weights.device)
-
-    def loss(network: Callable, condition) -> float:
-        return sum(_round(made, network, latents, condition, k) for k in range(ROUNDS)) / ROUNDS
-
+    """The losses of the averaged weights on what training has not seen."""
+    nets, device = parts.nets(state[AVERAGE], state), parts.weights.device
+    inputs = {"x0": unseen.latents.to(device)}
+    if unseen.images is not None:
+        inputs["image"] = signed(unseen.images.to(device))
+    cond = None
+    if unseen.tokens is not None:
+        captions = [record.caption for record in unseen.pictures.records]
+        cond = nets["text"](unseen.tokens(captions).to(device))
     other = None if cond is None else cond.roll(len(cond) // 2 or 1, 0)
-    shuffled = float("nan") if cond is None else loss(nets["student"], other)
-    mean = loss(_mean_network(made, latents.mean(0, keepdim=True)), cond)
-    return Validation(loss(nets["student"], cond), shuffled, mean)
+
+    def loss(network: Callable, cond: Tensor | None) -> float:
+        known = {"cond": cond, "null": cond, "step": state["updates"]}
+        return _mean_loss(made, {**nets, "student": network}, inputs, known)
+
+    always = _mean_network(made, parts, nets["student"], inputs["x0"].mean(0, keepdim=True))
+    return Validation(
+        loss(nets["student"], cond),
+        float("nan") if cond is None else loss(nets["student"], other),
+        loss(always, cond),
+    )
 
 
-def _round(made: Programs, network, latents: Tensor, cond, k: int) -> float:
-    draw = Draws(SEED, k, torch.arange(len(latents), device=latents.device))
-    inputs = {
-        "x0": latents,
-        "cond": cond,
-        "null": cond,
-        "step": torch.zeros((), device=latents.device),
-    }
-    values = made.step.compute(inputs, draw, {"student": network}, made.tables["step"])
-    return values["loss"].float().mean().item()
+def _mean_loss(made: Programs, nets: Mapping, inputs: Mapping, known: Mapping) -> float:
+    """The mean loss over all rows and ROUNDS of fixed draws."""
+    count, total = len(inputs["x0"]), 0.0
+    device = inputs["x0"].device
+    for k in range(ROUNDS):
+        for rows in torch.arange(count, device=device).split(AT_ONCE):
+            given = {n: v[rows] for n, v in inputs.items()}
+            given |= {n: v if v is None or not v.dim() else v[rows] for n, v in known.items()}
+            draw = Draws(SEED, k, rows, dropout=False)
+            values = made.step.compute(given, draw, nets, made.tables["step"])
+            total += values["loss"].float().mean().item() * len(rows)
+    return total / count / ROUNDS
 
 
-def _mean_network(made: Programs, mean: Tensor) -> Callable:
-    """A network that returns the mean of its target at each time: row_a(t) times that of x0."""
+def _mean_network(made: Programs, parts: Parts, student: Callable, mean: Tensor) -> Callable:
+    """A network that returns the mean of its target at each time, row_a(t) times that of x0, beside
+    whatever else the student returns."""
+    tapped = hasattr(parts.modules["student"], "tap_width")
 
-    def network(x: Tensor, t: Tensor, cond=None, **extra) -> Tensor:
+    def network(x: Tensor, t: Tensor, cond=None, **extra):
         inputs = {"t": t, "step": torch.zeros((), device=x.device)}
         values = made.levels.compute(inputs, None, {}, made.tables["levels"])
         share = torch.as_tensor(values["row_a"], device=x.device).expand(len(x))
-        return share.reshape(-1, *(1,) * (x.dim() - 1)) * mean + torch.zeros_like(x)
+        guess = share.reshape(-1, *(1,) * (x.dim() - 1)) * mean + torch.zeros_like(x)
+        return (guess, *student(x, t, cond, **extra)[1:]) if tapped else guess
 
     return network

@@ -1,4 +1,4 @@
-"""A data set ready to train on: pictures as latents, encoded once and kept, or read as needed."""
+"""A data set ready to train on: samples as latents, encoded once and kept, or read as needed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from difftrain.training.arrays import Arrays
 from difftrain.training.sources import TRANSFORM, DataError, Pictures
 
 THREADS = 8  # decoders release the interpreter's lock
@@ -29,15 +30,17 @@ warn: Say = logging.getLogger("difftrain").warning
 
 @dataclass(frozen=True)
 class Prepared:
-    """A data set at one size: latents [N, C, h, w], or None where pictures are read batch by batch.
+    """A data set at one size: latents [N, C, ...], or None where pictures are read batch by batch.
 
     `tokens` turns a list of captions into ids [B, T]; without it batches have no `input_ids`.
+    `images` uint8 [N, 3, size, size] are the pictures themselves, where a step reads them too.
     """
 
-    pictures: Pictures
+    pictures: Pictures | Arrays
     size: int
     tokens: Callable[[list[str]], Tensor] | None
     latents: Tensor | None
+    images: Tensor | None = None
 
 
 def stream(pictures: Pictures, tokenizer, size: int, *, length: int = 77) -> Prepared:
@@ -46,7 +49,7 @@ def stream(pictures: Pictures, tokenizer, size: int, *, length: int = 77) -> Pre
 
 
 def prepare(
-    pictures: Pictures,
+    pictures: Pictures | Arrays,
     codec,
     tokenizer,
     size: int,
@@ -55,29 +58,44 @@ def prepare(
     cache: str | Path | None = None,
     device: torch.device | str = "cpu",
     batch: int = 64,
+    images: bool = False,
     say: Say = warn,
 ) -> Prepared:
-    """The data set with captions tokenised and pictures encoded once: latents float32 on the CPU.
+    """The data set with captions tokenised and samples encoded once: latents float32 on the CPU.
 
     `tokenizer(texts, length)` gives ids [B, length]; None leaves them out. `codec.encode` takes
     floats [B, 3, size, size] in [-1, 1]; `batch` pictures go to `device` at a time. The latents are
     kept in the folder `cache` under a key of the pictures' bytes, the size, how pictures are fitted
     and `codec.fingerprint()`. Every start reads those bytes again, so a change is never missed; a
-    kept file that is not exactly what was written is said and made again.
+    kept file that is not exactly what was written is said and made again. Arrays go through the
+    codec as they are, each time. `images` keeps the pictures as well.
     """
     tokens = tokenizer and _table(list(dict.fromkeys(pictures.texts)), tokenizer, length)
+    if isinstance(pictures, Arrays):
+        chunks = pictures.values.split(batch)
+        latents = torch.cat([encode(codec, x.to(device)).float().cpu() for x in chunks])
+        return Prepared(pictures, size, tokens, _finite(latents, pictures))
     if cache is not None and not hasattr(codec, "fingerprint"):
         say("the latents are not kept: the codec has no `fingerprint()` to know them by")
         cache = None
+    seen = _pixels(pictures, size, batch) if images else None
+    latents = _latents(pictures, codec, size, cache, device, batch, say)
+    return Prepared(pictures, size, tokens, latents, seen)
+
+
+def _latents(
+    pictures: Pictures, codec, size: int, cache: str | Path | None, device, batch: int, say: Say
+) -> Tensor:
+    """Latents [N, C, h, w], out of the cache or encoded and put there."""
     if cache is None:
-        return Prepared(pictures, size, tokens, _encoded(pictures, codec, size, device, batch))
+        return _encoded(pictures, codec, size, device, batch)
     key = _key(pictures, codec.fingerprint(), size)
     path = Path(cache, f"latents-{key[:32]}.safetensors")
     latents = _kept(path, key, say)
     if latents is None:
         latents = _encoded(pictures, codec, size, device, batch)
         _keep(path, key, latents, say)
-    return Prepared(pictures, size, tokens, latents)
+    return latents
 
 
 def _table(texts: list[str], tokenizer, length: int) -> Callable[[list[str]], Tensor]:
@@ -109,20 +127,31 @@ def images(pictures: Pictures, chunks: Iterable[Iterable[int]], size: int) -> It
             yield torch.stack([one.result() for one in waiting.popleft()])
 
 
+def _chunks(count: int, batch: int) -> list[range]:
+    return [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+
+
+def _pixels(pictures: Pictures, size: int, batch: int) -> Tensor:
+    """Every picture, uint8 [N, 3, size, size]."""
+    return torch.cat(list(images(pictures, _chunks(len(pictures), batch), size)))
+
+
 def _encoded(pictures: Pictures, codec, size: int, device, batch: int) -> Tensor:
-    starts = range(0, len(pictures), batch)
-    chunks = (range(start, min(start + batch, len(pictures))) for start in starts)
     parts = []
     with tqdm(total=len(pictures), desc="encoding pictures", unit="", disable=None) as bar:
-        for image in images(pictures, chunks, size):
+        for image in images(pictures, _chunks(len(pictures), batch), size):
             parts.append(encode(codec, signed(image.to(device))).float().cpu())
             bar.update(len(image))
-    latents = torch.cat(parts).contiguous()
+    return _finite(torch.cat(parts).contiguous(), pictures)
+
+
+def _finite(latents: Tensor, pictures: Pictures | Arrays) -> Tensor:
+    """The latents, if they are all finite."""
     lost = (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
     if lost:
         raise DataError(
             f"the codec's latents of `{pictures.records[lost[0]].file}` are not finite "
-            f"({len(lost)} of {len(pictures)} pictures): run the codec in fp32"
+            f"({len(lost)} of {len(pictures)} samples): run the codec in fp32"
         )
     return latents
 

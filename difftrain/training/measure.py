@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -9,73 +12,102 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from difftrain.compiler.layout import Layout, gather, layout
+from difftrain.language.options import Run
 from difftrain.language.part import Part
-from difftrain.models import build
-from difftrain.models.text import TextEncoder
+from difftrain.language.spec import Objective
+from difftrain.models import build, reads_names
+from difftrain.models.pretrained import Absent
 from difftrain.models.tokenizer import END, START
 from difftrain.training import state
-from difftrain.training.bundle import Bundle, block, text_part
+from difftrain.training.bundle import ARRAYS, Bundle, block, each_part, text_part
+from difftrain.training.known import Known, found
+from difftrain.training.own import importable
+from difftrain.training.parts import (
+    about,
+    build_modules,
+    codec_part,
+    copy_of,
+    nets_read,
+    opened,
+)
+from difftrain.training.sources import DataError
 
 COUNTED = "the whole emitted step with its backward passes, 2 for each multiply-add"
 
 
 def measured(bundle: Bundle) -> Bundle:
     """The bundle with latents, state and FLOPs in its manifest, found without computing anything:
-    the network's tensors have shapes and no numbers. Raises PartError."""
+    the networks' tensors have shapes and no numbers. Raises PartError."""
     spec = bundle.read()
-    part, words = spec.objective().backbone.part, text_part(spec.objective())
-    batch, size = (block(spec, "data")[n] for n in ("batch", "size"))
-    codec = build(part.options["codec"])
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        text = words and _text(words)
-        network = _shapes(part, codec=codec, **({"text": text} if text else {}))
-        modules = {"student": network} | ({"text": text} if text else {})
-        flops = _flops(bundle, modules, batch, codec.shape(size))
+    objective, data = spec.objective(), block(spec, "data")
+    batch, size, names = data["batch"], data["size"], nets_read(objective)
+    known = _known(objective, data)
+    with importable(bundle.texts):
+        codec = build(codec_part(objective), **about(known))
+        shape = codec.shape(size)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            modules = build_modules(objective, names, codec, known, size, _shapes)
+            flops = _flops(bundle, modules, batch, shape, size, names)
     return bundle.saying(
         {
-            "shapes": {**bundle.manifest["shapes"], "latents": list(codec.shape(size))},
-            "state": _state(layout(modules), text),
+            "shapes": {**bundle.manifest["shapes"], "latents": list(shape)},
+            "state": _state(layout(modules), modules.get("text"), _copies(names, modules)),
             "flops": {"per sample": round(flops / batch), "counted": COUNTED},
         }
     )
 
 
-def _shapes(part: Part, **context) -> nn.Module:
+def _known(objective: Objective, data: Run) -> Known:
+    """What is known without the data: token tables have the rows of their two marks, as words come
+    with data; the shape of arrays stands in their file. Raises Absent without that."""
+    encoder = text_part(objective)
+    named = isinstance(encoder, Part) and reads_names(encoder)
+    words = () if encoder is None or named else (START, END)
+    if data["source"].module != ARRAYS:
+        return Known(words)
+    try:
+        arrays = opened(data, "train", "")
+    except DataError as problem:
+        raise Absent(str(problem)) from problem
+    return replace(found(None, arrays, None), vocabulary=words)
+
+
+def _copies(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The buffers of averaged copies."""
+    return [copy_of(name) for name in names if name not in modules]
+
+
+def _shapes(part: Part | tuple[Part, ...], **context) -> nn.Module:
     """The module of a part, without numbers; a pretrained one is read from its files for that."""
-    if not part.options.get("weights"):
+    if not any(one.options.get("weights") for one in each_part(part)):
         return build(part, **context)
     with unset_fake_temporarily():
         module = build(part, **context).to("meta")
     return module.to_empty(device="cpu")
 
 
-def _text(part: Part) -> TextEncoder:
-    """The text encoder; a small one has the rows of its two marks, as words come with data."""
-    cut = {} if part.options.get("weights") else {"vocabulary": [START, END]}
-    text = _shapes(part, **cut)
-    return text if part.options.get("train") else text.requires_grad_(False)
-
-
-def _state(plan: Layout, text: TextEncoder | None) -> dict[str, object]:
+def _state(plan: Layout, text: nn.Module | None, copies: list[str]) -> dict[str, object]:
     """How many weights each trained module has."""
     sizes: dict[str, object] = {}
     for slot in plan.slots:
         sizes[slot.module] = sizes.get(slot.module, 0) + slot.size
-    if "text" in sizes and text.compact is not None:
+    if "text" in sizes and getattr(text, "compact", None) is not None:
         sizes["text"] = f"{sizes['text']}, and {text.width} for each token of the captions"
-    return {"weights": sizes, "buffers": [*state.BUFFERS], "numbers": [*state.COUNTERS, "scale"]}
+    buffers = [*state.BUFFERS, *copies]
+    return {"weights": sizes, "buffers": buffers, "numbers": [*state.COUNTERS, "scale"]}
 
 
-def _flops(bundle: Bundle, modules, size: int, shape: tuple[int, ...]) -> int:
-    """The arithmetic of one step of `size` samples. Attention is two matrix products each time."""
+def _flops(bundle: Bundle, modules, count: int, shape, size: int, names) -> int:
+    """The arithmetic of one step of `count` samples. Attention is two matrix products each time."""
     module, plan = bundle.module("step.py"), layout(modules)
     tables = {name: torch.empty(t.shape) for name, t in module.tables().items()}
-    batch = {"x0": torch.empty(size, *shape), "index": torch.arange(size)}
+    batch = {"x0": torch.empty(count, *shape), "index": torch.arange(count)}
+    batch |= {"image": torch.empty(count, 3, size, size)} if "vision" in names else {}
     if "text" in modules:
         length = modules["text"].length
-        batch |= {"input_ids": torch.zeros(size, length, dtype=torch.int64)}
+        batch |= {"input_ids": torch.zeros(count, length, dtype=torch.int64)}
         batch |= {"null_ids": torch.zeros(1, length, dtype=torch.int64)}
-    first = state.fresh(gather(modules, plan, "cpu"), 0, 1)
+    first = state.fresh(gather(modules, plan, "cpu"), 0, 1, _copies(names, modules))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module.step(first, batch, modules, plan, tables)
     return counter.get_total_flops()

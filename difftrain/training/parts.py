@@ -2,98 +2,251 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from difftrain.compiler.heads import LogVariance, Projection
 from difftrain.compiler.layout import Layout, gather, layout
+from difftrain.compiler.step import modules_read
 from difftrain.language.options import Run
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective
+from difftrain.language.term import walk
 from difftrain.models import build
 from difftrain.models.errors import PartError
+from difftrain.training.arrays import Arrays, open_arrays
+from difftrain.training.bundle import ARRAYS, each_part, text_part
+from difftrain.training.known import Known
 from difftrain.training.latents import Prepared, prepare
 from difftrain.training.sources import DataError, Pictures, open_source
+from difftrain.training.state import AVERAGE
+
+RAW = Part("codec", "raw", {})  # of a backbone that declares no codec
+SAMPLING = ("student",)  # the nets that sampling calls
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What is trained (`modules`, whose weights lie in `weights`), and what stands around it."""
+    """What is trained or frozen (`modules`; the trained weights lie in `weights`), and what stands
+    around it. `averages` names the further averaged copies of the network; `kept` holds frozen
+    weights that nothing but a checkpoint knows."""
 
     modules: Mapping[str, nn.Module]
     plan: Layout
     weights: Tensor
     codec: nn.Module
     text: nn.Module | None
+    known: Known = Known()
+    averages: tuple[str, ...] = ()
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     def null_ids(self, device) -> Tensor | None:
         """The ids [1, T] of the empty prompt."""
         return None if self.text is None else self.text.ids([""]).to(device)
 
+    def nets(self, weights: Tensor, state: Mapping[str, Tensor]) -> dict[str, Callable]:
+        """Every net as a function: the network with these weights [P], averaged copies with those
+        of a state."""
+        copies = {n: self.plan.copy(self.modules, state[copy_of(n)]) for n in self.averages}
+        return self.plan.bind(self.modules, weights) | copies
 
-def build_parts(objective: Objective, vocabulary: list[int], seed: int, device) -> Parts:
-    """The modules of an objective on a device; random ones depend on the seed alone."""
-    part = objective.backbone.part
+
+def copy_of(name: str) -> str:
+    """The buffer of the state that holds an averaged copy."""
+    return f"{AVERAGE}.{name}"
+
+
+# ---- modules
+
+
+def build_parts(
+    objective: Objective,
+    known: Known,
+    seed: int,
+    device,
+    *,
+    size: int = 64,
+    sampling: bool = False,
+) -> Parts:
+    """The modules of an objective on a device; random ones depend on the seed alone. For `sampling`
+    only what it needs."""
+    _named(objective.backbone.part)
+    torch.manual_seed(seed)
+    names = SAMPLING if sampling else nets_read(objective)
+    codec = build(codec_part(objective), **about(known))
+    modules = build_modules(objective, names, codec, known, size)
+    for module in (codec, *modules.values()):
+        module.to(device)
+    plan, text = layout(modules), modules.get("text")
+    kept = {} if text is None else _kept(text_part(objective), text)
+    averages = tuple(n for n in names if n not in modules)
+    weights = gather(modules, plan, device)
+    return Parts(modules, plan, weights, codec, text, known, averages, kept)
+
+
+def nets_read(objective: Objective) -> tuple[str, ...]:
+    """The names of the nets and heads that the loss calls, the network first."""
+    names, _ = modules_read(objective)
+    return ("student", *(n for n in names if n != "student"))
+
+
+def build_modules(
+    objective: Objective,
+    names: Sequence[str],
+    codec: nn.Module,
+    known: Known,
+    size: int,
+    make: Callable[..., nn.Module] = build,
+) -> dict[str, nn.Module]:
+    """The modules of these names and the encoder, as `make` builds a part. Raises PartError."""
+    text = _text(text_part(objective), known, make)
+    context = {"codec": codec, "size": size, "forward_mode": _differentiated(objective)}
+    context |= {"text": text} if text is not None else {}
+    context |= {"shape": known.shape} if known.shape else {}
+    modules = {"student": make(objective.backbone.part, **context)}
+    modules |= {"text": text} if text is not None else {}
+    if "teacher" in names:
+        part = (objective.teacher or objective).backbone.part
+        modules["teacher"] = _frozen(make(part, **context))
+    if "vision" in names:
+        grid = _tap(modules["student"], "tap_grid")
+        modules["vision"] = _frozen(make(_vision(objective), grid=grid))
+    if "project" in names:
+        width = _tap(modules["student"], "tap_width")
+        modules["project"] = Projection(width, getattr(modules.get("vision"), "width", width))
+    if "logvar" in names:
+        modules["logvar"] = LogVariance()
+    return modules
+
+
+def codec_part(objective: Objective) -> Part:
+    """The declared codec; without one, what is trained on is the data."""
+    part = objective.backbone.part.options.get("codec")
+    return part if isinstance(part, Part) else RAW
+
+
+def about(known: Known) -> dict[str, object]:
+    """What a codec may take from the data."""
+    return {"shape": known.shape, "mean": known.mean, "std": known.std}
+
+
+def _named(part: Part) -> None:
     if part.module == "custom":
         raise PartError(
             "`backbone = custom` takes its network from Python, and a run of its own has none:"
             " name a backbone, such as `sd.unet(text = sd.clip)`"
         )
-    torch.manual_seed(seed)
-    codec = build(part.options["codec"])
-    text = _text(part.options.get("text"), vocabulary)
-    network = build(part, codec=codec, **({"text": text} if text is not None else {}))
-    modules = {"student": network} | ({"text": text} if text is not None else {})
-    for module in (codec, *modules.values()):
-        module.to(device)
-    plan = layout(modules)
-    return Parts(modules, plan, gather(modules, plan, device), codec, text)
 
 
-def _text(part, vocabulary: list[int]):
-    """The text encoder: a small one of our own has the tokens in use, and is trained or useless."""
-    if not isinstance(part, Part):
+def _text(part, known: Known, make: Callable) -> nn.Module | None:
+    """The encoder: a small one of our own has the tokens in use, and is trained or useless."""
+    if part is None:
         return None
-    cut = {} if part.options.get("weights") else {"vocabulary": vocabulary}
-    text = build(part, **cut)
-    return text if part.options.get("train") else text.requires_grad_(False)
+    text = make(part, vocabulary=known.vocabulary)
+    trained = isinstance(part, tuple) or part.options.get("train")  # those joined know it already
+    return text if trained else text.requires_grad_(False)
 
 
-def pictures(data: Run, split: str, override: str | None = None) -> Pictures:
-    """A split of the declared source, or of the folder that stands in for it."""
-    source = data["source"]
-    if override is not None:
-        return open_source("folder", override, split=split, caption=_caption(source, data))
-    options = source.options
-    split = options.get("split", split) if split == "train" else split
-    return open_source(
-        source.module, options.get("path", ""), caption=_caption(source, data), split=split
+def _differentiated(objective: Objective) -> bool:
+    """Whether the step differentiates the network forwards."""
+    return any(t.op == "jvp" for t in walk(objective.quantity("loss")))
+
+
+def _vision(objective: Objective) -> Part:
+    if objective.vision is None:
+        raise PartError(
+            "the objective reads `vision`, and does not say what that is: add `vision =` and the"
+            " name of an encoder of pictures"
+        )
+    return objective.vision
+
+
+def _tap(network: nn.Module, name: str):
+    """What a network says of the tokens that it returns beside its output."""
+    if not hasattr(network, name):
+        raise PartError(
+            "the objective reads `tap`, and the backbone returns no tokens: say which, as in"
+            " `tap = 1`"
+        )
+    return getattr(network, name)
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    return module.requires_grad_(False).eval()
+
+
+def _kept(declared, text: nn.Module) -> dict[str, Tensor]:
+    """The frozen weights of encoders that are read from nowhere, by name."""
+    several = isinstance(declared, tuple)
+    homeless = tuple(
+        f"encoders.{i}." if several else ""
+        for i, part in enumerate(each_part(declared))
+        if not part.options.get("weights")
     )
+    frozen = {n: p for n, p in text.named_parameters() if not p.requires_grad}
+    return {f"text.{n}": p.data for n, p in frozen.items() if n.startswith(homeless)}
 
 
-def _caption(source: Part, data: Run) -> str:
-    field = source.options.get("caption", "caption")
-    return "captions" if data["captions"] == "any" and field == "caption" else field
+# ---- data
 
 
-def held_out(data: Run, override: str | None = None) -> Pictures | None:
-    """The pictures that training does not see, where the source has some."""
+def condition_field(objective: Objective) -> str:
+    """The field of a record that samples are conditioned on; nothing for none."""
+    encoders = each_part(text_part(objective))
+    return encoders[0].options.get("field", "caption") if encoders else ""
+
+
+def opened(
+    data: Run, split: str, condition: str = "caption", override: str | None = None
+) -> Pictures | Arrays:
+    """A split of the declared source, or of the path that stands in for it, with the
+    field that samples are conditioned on ("" for none)."""
+    source = data["source"]
+    options = source.options
+    caption = _caption(source, data, condition)
+    if override is None:
+        split = options.get("split", split) if split == "train" else split
+    path = options.get("path", "") if override is None else override
+    if source.module == ARRAYS:
+        return open_arrays(path, options["x"], caption=caption, split=split)
+    kind = source.module if override is None else "folder"
+    return open_source(kind, path, caption=caption, split=split)
+
+
+def _caption(source: Part, data: Run, condition: str) -> str:
+    """The field's name in this source, which may call captions otherwise."""
+    if condition != "caption":
+        return condition
+    named = source.options.get("caption", condition)
+    return "captions" if data["captions"] == "any" and named == condition else named
+
+
+def held_out(
+    data: Run, condition: str = "caption", override: str | None = None
+) -> Pictures | Arrays | None:
+    """What training does not see, where the source has some."""
     try:
-        return pictures(data, "held_out", override)
+        return opened(data, "held_out", condition, override)
     except DataError:
         return None
 
 
 def encoded(
-    found: Pictures, parts: Parts, size: int, cache: Path, device, say: Callable[[str], object]
+    found: Pictures | Arrays,
+    parts: Parts,
+    size: int,
+    cache: Path,
+    device,
+    say: Callable[[str], object],
+    images: bool = False,
 ) -> Prepared:
-    """The data set as latents and token ids."""
+    """The data set as latents and token ids, and as pictures where the step reads them."""
     tokens = None if parts.text is None else (lambda texts, length: parts.text.ids(texts))
-    length = 77 if parts.text is None else parts.text.length
     with torch.no_grad():
         return prepare(
-            found, parts.codec, tokens, size, length=length, cache=cache, device=device, say=say
+            found, parts.codec, tokens, size, cache=cache, device=device, say=say, images=images
         )

@@ -18,9 +18,9 @@ from difftrain.language.numbers import support, value
 from difftrain.language.part import Part
 from difftrain.language.rules.case import ALONG, Case, shown
 from difftrain.language.scope import Use, formals
-from difftrain.language.uses import bind
 from difftrain.language.spec import Objective, Spec
 from difftrain.language.tree import Argument, Call, Name, Number, Span, Text
+from difftrain.language.uses import bind
 from difftrain.models.errors import PartError
 from difftrain.models.pretrained import FILES, Absent, facts, is_hub_name, located
 

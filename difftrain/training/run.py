@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,28 @@ from difftrain.language.options import Run
 from difftrain.language.spec import Objective
 from difftrain.training import evaluate, samples, state
 from difftrain.training.batches import Batches
-from difftrain.training.bundle import Bundle, block, compile_spec, text_part
+from difftrain.training.bundle import (
+    Bundle,
+    block,
+    compile_spec,
+    each_part,
+    step_inputs,
+    text_part,
+)
 from difftrain.training.folder import place
-from difftrain.training.latents import Prepared
-from difftrain.training.parts import Parts, build_parts, encoded, held_out, pictures
-from difftrain.training.sources import Pictures
+from difftrain.training.known import Known, found, told
+from difftrain.training.latents import Prepared, signed
+from difftrain.training.own import importable
+from difftrain.training.parts import (
+    Parts,
+    build_parts,
+    condition_field,
+    copy_of,
+    encoded,
+    held_out,
+    opened,
+)
+from difftrain.training.start import begin, inherited, try_out
 
 TRIAL = 3  # uncompiled steps that are timed before `auto` decides on a CPU
 
@@ -92,9 +110,10 @@ def run(
     started: float | None = None,
 ) -> int:
     """Trains a bundle: the same for `difftrain train` and for an executable. The exit code."""
-    session = open_session(bundle, settings or {}, data, steps, resume, out, started)
-    loop(session)
-    finish(session)
+    with importable(bundle.texts):
+        session = open_session(bundle, settings or {}, data, steps, resume, out, started)
+        loop(session)
+        finish(session)
     return 0
 
 
@@ -114,20 +133,25 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     device = lowering.device(train["device"])
     _possible(bundle, train, options["sample"], device)
     folder, checkpoint = place(bundle, resume or train["resume_from"], out)
-    facts = state.facts(checkpoint, bundle.manifest["graph"]) if checkpoint else {}
-    seen, unseen = pictures(options["data"], "train", data), held_out(options["data"], data)
-    words = _vocabulary(facts, seen, unseen)
-    parts = build_parts(objective, words, train["seed"], device)
+    read = condition_field(objective)
+    seen = opened(options["data"], "train", read, data)
+    unseen = held_out(options["data"], read, data)
+    known = _known(bundle, objective, train, checkpoint, seen, unseen)
+    parts = build_parts(objective, known, train["seed"], device, size=size)
     if parts.text is not None:
         parts.text.ids(options["sample"]["prompts"])  # unknown words are told now, not at the end
-    cache = folder.parent / ".latents"
-    prepared = encoded(seen, parts, size, cache, device, say)
-    other = encoded(unseen, parts, size, cache, device, say) if unseen else None
+    begin(objective, parts, train, bool(checkpoint), say)
+    prepare = partial(
+        encoded, parts=parts, size=size, cache=folder.parent / ".latents", device=device, say=say,
+        images=step_inputs(objective).image,
+    )  # fmt: skip
+    prepared, other = prepare(seen), prepare(unseen) if unseen else None
+    try_out(objective, parts, prepared, bundle.manifest["time"][0] == "index")
     steps = steps if steps is not None else train["steps"]
     current = _state(bundle, parts, train["seed"], steps, checkpoint)
     texts.write(bundle.texts, folder)
     say(f"training `{bundle.name}` on {seen!r}: {parts.plan.size:,} weights, {device}, in {folder}")
-    _doubts(objective)
+    _doubts(objective, parts, train)
     made = evaluate.programs(bundle, device)
     return Session(
         bundle, folder, options["data"], train, options["sample"], parts, made, prepared, other,
@@ -142,28 +166,35 @@ def _possible(bundle: Bundle, train: Run, sample: Run, device: torch.device) -> 
         lowering.choose("on", device.type, 0, None)
 
 
-def _state(bundle: Bundle, parts: Parts, seed: int, steps: int, checkpoint: Path | None):
-    current = state.fresh(parts.weights, seed, steps)
+def _known(bundle, objective, train: Run, checkpoint: Path | None, seen, unseen) -> Known:
+    """What the modules take from the data: as a checkpoint has it, this run's or the one that it
+    begins from, or as the data are."""
     if checkpoint:
-        state.load(checkpoint, current, parts.plan, bundle.manifest["graph"])
+        return told(state.facts(checkpoint, bundle.manifest["graph"]))
+    return inherited(train, found(text_part(objective), seen, unseen))
+
+
+def _state(bundle: Bundle, parts: Parts, seed: int, steps: int, checkpoint: Path | None):
+    copies = [copy_of(name) for name in parts.averages]
+    current = state.fresh(parts.weights, seed, steps, copies)
+    if checkpoint:
+        state.load(checkpoint, current, parts.plan, bundle.manifest["graph"], parts.kept)
         say(f"resumed at step {int(current['turn'])} from {checkpoint}")
     return current
 
 
-def _vocabulary(facts: Mapping, seen: Pictures, unseen: Pictures | None) -> list[int]:
-    """The token ids of a checkpoint, or those in use in the pictures' captions."""
-    from difftrain.models.tokenizer import clip_tokenizer
-
-    if "vocabulary" in facts:
-        return json.loads(facts["vocabulary"])
-    return clip_tokenizer().used([*seen.texts, *(unseen.texts if unseen else ())])
-
-
-def _doubts(objective: Objective) -> None:
-    text = text_part(objective)
-    if text and not text.options.get("weights") and not text.options.get("train"):
+def _doubts(objective: Objective, parts: Parts, train: Run) -> None:
+    """Says what is probably not meant."""
+    encoders = each_part(text_part(objective))
+    trained = [part for part in encoders if part.options.get("train")]
+    if parts.kept and not (train["start_from"] or train["teacher"]):
         say(
             "warning: the text encoder is random and stays so: give it `weights`, or `train = true`"
+        )
+    if "teacher" in parts.modules and trained:
+        say(
+            "warning: the text encoder is trained, and the teacher reads what it makes: with"
+            " `train = false` it stays as the teacher knew it"
         )
 
 
@@ -252,8 +283,10 @@ def _stopped(session: Session, why: str, advice: str) -> str:
 
 def _feed(session: Session, batch: dict, null_ids: Tensor | None) -> dict[str, Tensor]:
     """What the step reads of a batch, on the device."""
-    names = {"latents": "x0", "index": "index", "input_ids": "input_ids"}
+    names = {"latents": "x0", "index": "index", "input_ids": "input_ids", "image": "image"}
     fed = {ours: batch[name].to(session.device) for name, ours in names.items() if name in batch}
+    if "image" in fed:
+        fed["image"] = signed(fed["image"])
     return fed if null_ids is None else {**fed, "null_ids": null_ids}
 
 
@@ -274,9 +307,8 @@ def save(session: Session, done: int) -> Path:
     """A checkpoint of this step; older ones than `keep` go."""
     path = session.folder / "checkpoints" / f"step-{done:09d}.safetensors"
     facts = {k: session.bundle.manifest[k] for k in ("name", "spec", "graph")}
-    words = session.parts.text.vocabulary if session.parts.text else []
-    facts |= {"step": str(done), "vocabulary": words}
-    state.save(path, session.state, session.parts.plan, facts)
+    facts |= {"step": str(done), **session.parts.known.facts}
+    state.save(path, session.state, session.parts.plan, facts, session.parts.kept)
     state.forget(session.folder, session.train["keep"])
     return path
 
@@ -285,37 +317,34 @@ def save(session: Session, done: int) -> Path:
 
 
 def prompts(session: Session) -> list[str]:
-    """What is drawn: the declared prompts, or captions that training has not seen."""
-    source = (session.unseen or session.prepared).pictures
-    return samples.declared(session.sample) or samples.captions(source, session.sample["count"])
+    """What is drawn: the declared prompts, or captions, first those that training has not seen."""
+    sets = [p.pictures for p in (session.unseen, session.prepared) if p is not None]
+    return samples.declared(session.sample) or samples.captions(session.sample["count"], *sets)
 
 
 def grid(session: Session, done: int) -> Path:
-    """A grid of samples from the averaged weights."""
+    """A file of samples from the averaged weights."""
     model = samples.Model(
         session.bundle, session.programs, session.parts, session.state["average"], done
     )
-    path = session.folder / "samples" / f"step-{done:09d}.png"
+    path = session.folder / "samples" / f"step-{done:09d}{samples.ending(session.data)}"
     return samples.draw(model, session.sample, session.data["size"], prompts(session), path)
 
 
 def finish(session: Session) -> None:
-    """The last grid, the losses on unseen pictures, and where everything lies."""
+    """The last grid, the losses on unseen data, and where everything lies."""
     path = grid(session, session.done)
     if session.unseen is None:
         say("no losses on unseen pictures: the data have no held-out split to validate on")
     else:
         _validate(session, session.unseen)
-    last = session.folder / "samples.png"
+    last = (session.folder / "samples").with_suffix(path.suffix)
     shutil.copyfile(path, last)
     say(f"{time.perf_counter() - session.started:.0f} s in all; look at {last}")
 
 
 def _validate(session: Session, unseen: Prepared) -> None:
-    captions = [record.caption for record in unseen.pictures.records]
-    ids = unseen.tokens(captions) if unseen.tokens else None
-    average = session.state["average"]
-    result = evaluate.validate(session.programs, session.parts, average, unseen.latents, ids)
+    result = evaluate.validate(session.programs, session.parts, session.state, unseen)
     say(str(result))
     written = json.dumps(vars(result), indent=2) + "\n"
     (session.folder / "validation.json").write_text(written, encoding="utf-8")

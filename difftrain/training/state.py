@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from difftrain.compiler.layout import Layout
 
-BUFFERS = ("weights", "first", "second", "average")
+AVERAGE = "average"
+BUFFERS = ("weights", "first", "second", AVERAGE)
+FROZEN = "frozen/"  # weights that are not trained, and that nothing else holds
 COUNTERS = ("turn", "updates", "calm")
 SCALE = 2.0**16  # first fp16 loss scale
 
@@ -24,14 +26,17 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message says which, why, and what to do."""
 
 
-def fresh(weights: Tensor, seed: int, steps: int) -> dict[str, Tensor]:
-    """The state before the first step of a run of `steps`, around the weights [P]."""
+def fresh(
+    weights: Tensor, seed: int, steps: int, averages: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The state before the first step of a run of `steps`, around the weights [P]; `averages` are
+    the buffers of further averaged copies."""
     device = weights.device
     state = {
         "weights": weights,
         "first": torch.zeros_like(weights),
         "second": torch.zeros_like(weights),
-        "average": weights.clone(),
+        **{name: weights.clone() for name in (AVERAGE, *averages)},
         "scale": torch.tensor(SCALE, device=device),
         "steps": torch.tensor(steps, dtype=torch.int64, device=device),
         "seed": torch.tensor(seed, dtype=torch.int64, device=device),
@@ -43,21 +48,33 @@ def fresh(weights: Tensor, seed: int, steps: int) -> dict[str, Tensor]:
 
 
 def save(
-    path: Path, state: Mapping[str, Tensor], plan: Layout, facts: Mapping[str, object]
+    path: Path,
+    state: Mapping[str, Tensor],
+    plan: Layout,
+    facts: Mapping[str, object],
+    kept: Mapping[str, Tensor],
 ) -> None:
-    """Writes a checkpoint under the modules' names; it appears whole or not at all."""
+    """Writes a checkpoint under the modules' names, with frozen weights that are `kept`; it appears
+    whole or not at all."""
     tensors = {
         f"{buffer}/{name}": value.cpu().contiguous()
-        for buffer in BUFFERS
+        for buffer in buffers(state)
         for name, value in plan.named(state[buffer]).items()
     }
     tensors |= {n: state[n].cpu() for n in (*COUNTERS, "scale", "seed")}
+    tensors |= {FROZEN + n: value.cpu().contiguous() for n, value in kept.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(
         tensors, partial, {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
     )
     os.replace(partial, path)
+
+
+def buffers(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The names of the buffers [P] of a state."""
+    further = (name for name in state if name.startswith(f"{AVERAGE}."))
+    return (*BUFFERS, *further)
 
 
 def forget(folder: Path, keep: int) -> None:
@@ -84,27 +101,54 @@ def facts(path: Path, graph_hash: str) -> dict[str, str]:
         return file.metadata()
 
 
-def load(path: Path, state: dict[str, Tensor], plan: Layout, graph_hash: str) -> None:
-    """Fills the state from a checkpoint of the same graph. Raises CheckpointError."""
+def load(
+    path: Path,
+    state: dict[str, Tensor],
+    plan: Layout,
+    graph_hash: str,
+    kept: Mapping[str, Tensor],
+) -> None:
+    """Fills the state, and frozen weights that are `kept`, from a checkpoint of the same graph.
+    Raises CheckpointError."""
     with _opened(path, graph_hash) as file:
-        for buffer in BUFFERS:
+        for buffer in buffers(state):
             _fill(file, buffer, state[buffer], plan)
+        _restore(file, kept)
         for name in (*COUNTERS, "scale", "seed"):
             state[name].copy_(file.get_tensor(name))
 
 
-def load_average(path: Path, weights: Tensor, plan: Layout, graph_hash: str) -> None:
-    """Fills weights [P] with the averaged ones of a checkpoint. Raises CheckpointError."""
+def load_average(
+    path: Path,
+    weights: Tensor,
+    plan: Layout,
+    graph_hash: str,
+    kept: Mapping[str, Tensor],
+) -> None:
+    """Fills weights [P] with the averaged ones of a checkpoint, and those that are `kept`. Raises
+    CheckpointError."""
     with _opened(path, graph_hash) as file:
-        _fill(file, "average", weights, plan)
+        _fill(file, AVERAGE, weights, plan)
+        _restore(file, kept)
+
+
+def averaged(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The averaged and the frozen weights of any checkpoint by `module.parameter`, and what it says
+    of itself. Raises CheckpointError."""
+    with _opened(path) as file:
+        groups = (f"{AVERAGE}/", FROZEN)
+        named = {n: file.get_tensor(start + n) for start in groups for n in _held(file, start)}
+        return named, file.metadata() or {}
 
 
 @contextmanager
-def _opened(path: Path, graph_hash: str) -> Iterator[safe_open]:
-    """A checkpoint of this graph, open; whatever is wrong with it is a CheckpointError."""
+def _opened(path: Path, graph_hash: str | None = None) -> Iterator[safe_open]:
+    """A checkpoint, of this graph if one is given, open; whatever is wrong with it is a
+    CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
-            _same_graph(path, (file.metadata() or {}).get("graph", "unknown"), graph_hash)
+            if graph_hash is not None:
+                _same_graph(path, (file.metadata() or {}).get("graph", "unknown"), graph_hash)
             yield file
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint `{path}`: give a file, or `auto`") from None
@@ -130,8 +174,21 @@ def _same_graph(path: Path, theirs: str, ours: str) -> None:
 def _fill(file: safe_open, buffer: str, flat: Tensor, plan: Layout) -> None:
     """Reads one buffer [P]. Raises ValueError for a weight that is missing or of another shape."""
     start = f"{buffer}/"
-    held = {n.removeprefix(start) for n in list(file.keys()) if n.startswith(start)}
+    held = _held(file, start)
     lost = next((slot.key for slot in plan.slots if slot.key not in held), None)
     if lost:
         raise ValueError(f"it has no `{lost}`")
     plan.load(flat, {slot.key: file.get_tensor(start + slot.key) for slot in plan.slots})
+
+
+def _held(file: safe_open, start: str) -> set[str]:
+    """The names in a file that begin so, without their beginning."""
+    return {n.removeprefix(start) for n in list(file.keys()) if n.startswith(start)}
+
+
+def _restore(file: safe_open, kept: Mapping[str, Tensor]) -> None:
+    """Reads frozen weights. Raises ValueError for one that is missing."""
+    if lost := sorted(kept.keys() - _held(file, FROZEN)):
+        raise ValueError(f"it has no `{lost[0]}`")
+    for name, value in kept.items():
+        value.copy_(file.get_tensor(FROZEN + name))
