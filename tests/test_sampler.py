@@ -15,6 +15,7 @@ from difftrain.sampling import grids, solvers
 from difftrain.sampling.model import Sampler
 from difftrain.training import evaluate
 from difftrain.training.bundle import MOMENT, block, compile_text
+from difftrain.training.known import Known
 from difftrain.training.parts import build_parts
 
 EDM = "process = edm\nprediction_type = sample\nstrategy = edm_precondition"
@@ -143,7 +144,7 @@ def test_pictures_are_the_same_in_any_company(monkeypatch):
     bundle = compile_text("tiny", text)
     spec = bundle.read()
     device = lowering.device("cpu")
-    parts = build_parts(spec.objective(), [], 0, device)
+    parts = build_parts(spec.objective(), Known(), 0, device)
     made, options = evaluate.programs(bundle, device), block(spec, "sample")
     prompts = [f"picture {c}" for c in "abcde"]
 

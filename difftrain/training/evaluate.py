@@ -62,24 +62,16 @@ def sample(
 
     The n-th picture is the same in whichever company it is drawn.
     """
-    nets = parts.plan.bind(parts.modules, weights)
+    nets, solver = parts.plan.bind(parts.modules, weights), options["solver"]
     levels = Levels(made.levels.compute, made.tables["levels"])
-    solver = options["solver"]
     grid = grids.grid(tuple(bundle.manifest["time"]), solver.options, levels)
     walk = partial(getattr(solvers, solver.module), **own_options(solver))
+    estimate = made.estimates.compute, made.tables["estimates"], nets
     drawn = []
     for index in torch.arange(len(prompts), device=weights.device).split(TOGETHER):
-        cond, null = conditions(parts, nets, [prompts[i] for i in index])
+        told = conditions(parts, nets, [prompts[i] for i in index.tolist()])
         model = Sampler(
-            levels.level,
-            levels.tables,
-            made.estimates.compute,
-            made.tables["estimates"],
-            nets,
-            index,
-            cond,
-            null,
-            options["guidance"],
+            levels.level, levels.tables, *estimate, index, *told, guidance=options["guidance"]
         )
         draws = solvers.Draws(options["seed"], index)
         like = torch.zeros(len(index), *parts.codec.shape(size), device=weights.device)
@@ -93,7 +85,9 @@ def own_options(solver: Part) -> dict[str, object]:
     return {name: v for name, v in solver.options.items() if name not in grids.OPTIONS}
 
 
-def conditions(parts: Parts, nets: Mapping, prompts: list[str]) -> tuple[Tensor, Tensor]:
+def conditions(
+    parts: Parts, nets: Mapping, prompts: list[str]
+) -> tuple[Tensor | None, Tensor | None]:
     """The conditions of prompts [B, ...] and the empty one; None and None without an encoder."""
     if parts.text is None:
         return None, None
