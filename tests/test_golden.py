@@ -1,8 +1,10 @@
 """Numbers of independent implementations, in float64, through `objective.evaluate`."""
 
+import math
+
 import pytest
 import torch
-from conftest import declare, near, on_index, student
+from conftest import declare, near, on_index, spec_of, student, wide
 
 import difftrain
 from difftrain.language.check import check
@@ -171,27 +173,96 @@ def test_angles(golden, x0, eps):
     agree(declare(TRIG.format("trig_flow")), entry, {"x0": x0, "eps": eps, "t": ANGLE}, ANGLES)
 
 
-TANGENT = """
-strategy tangent(c = 0.1) from trig_flow {
-  g     = -alpha^2 * (pred - flow) - alpha * sin(t) * (xt + ddt(pred))
-  unit  = g / (LENGTH(g) + c)
-  fit'  = mse(output, stop(output + unit))
-}
-"""
+def jumping(strategy: str, process="trig", prediction="flow", network=student, **modules):
+    """The objective of a strategy that jumps."""
+    body = f"process = {process}\nprediction_type = {prediction}\nstrategy = {strategy}"
+    return difftrain.objective(spec_of(body), network, modules=modules)
 
 
-@pytest.mark.parametrize(("length", "key"), [("norm", "l2"), ("rms", "rms")])
-def test_the_tangent_of_a_consistency_function(golden, x0, eps, length, key):
-    """arXiv:2410.11081 eq. 6 with r = 1, the learned weight at 0."""
+def one(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+TANGENT = {"x_t": "xt", "dxdt": "flow", "F": "output", "loss_b": "loss"}
+
+
+def tangent(entry, label: str) -> tuple[dict, dict]:
+    """The entry and the names of a consistency tangent with the norm of the library."""
+    entry = entry | {"loss": entry["loss_l2"], "loss_b": entry["loss_b_l2"]}
+    return entry, TANGENT | {"g": f"{label}.g"}
+
+
+def test_consistency_training(golden, x0, eps):
+    """arXiv:2410.11081 algorithm 1 with r = 1, the learned weight at 0."""
+    entry, names = tangent(golden["sct.r1.0"], "sct")
+    given = {"x0": x0, "eps": eps, "t": ANGLE, "sct.ramp": one(1.0)}
+    agree(jumping("sct"), entry, given, names)
+
+
+def test_the_other_reading_of_a_tangent_s_norm(golden, x0, eps):
     entry = golden["sct.r1.0"]
-    body = TRIG.format("tangent") + "\nbackbone = custom"
-    text = f"diff 1\n{TANGENT.replace('LENGTH', length)}\nobjective o {{\n{body}\n}}\n"
-    spec, found = check(Source("test.diff", text))
-    assert not [f for f in found if f.severity == "error"]
-    names = {"x_t": "xt", "dxdt": "flow", "F": "output", "g": "tangent.g"}
-    names |= {f"g_norm_{key}": "tangent.unit", f"loss_b_{key}": "loss"}
-    entry = entry | {"loss": entry[f"loss_{key}"]}
-    agree(difftrain.objective(spec, student), entry, {"x0": x0, "eps": eps, "t": ANGLE}, names)
+    objective = jumping("sct")
+    given = {"x0": x0, "eps": eps, "t": ANGLE, "sct.ramp": one(1.0)}
+    g = objective.evaluate(("sct.g",), given)["sct.g"]
+    rms = g.square().mean((1, 2, 3), keepdim=True).sqrt()
+    near(g / (rms + 0.1), entry["g_norm_rms"])
+    given["sct.tangent"] = g / (rms + 0.1)
+    near(objective.evaluate(("loss",), given)["loss"], entry["loss_b_rms"])
+
+
+def test_consistency_distillation(golden, x0, eps):
+    def teacher(x, t, cond=None):
+        return 0.25 * x + 0.20 * wide(t)
+
+    entry, names = tangent(golden["scd.r1.0"], "scd")
+    given = {"x0": x0, "eps": eps, "t": ANGLE, "scd.ramp": one(1.0)}
+    agree(jumping("scd(1)", teacher=teacher), entry, given, names)
+
+
+def test_discrete_consistency(golden, x0, eps):
+    objective = jumping("ct(total = 1000)", "edm", "sample")
+    given = {"x0": x0, "eps": eps, "ct.i": index(3, 7), "ct.points": one(11.0)}
+    agree(objective, golden["ct_l2_uniform"], given, {"loss_b": "loss"})
+
+
+def test_representation_alignment(golden, x0, eps):
+    k = torch.arange(12, dtype=torch.float64).reshape(2, 3, 2)
+    entry = golden["repa"]
+    objective = jumping(
+        "repa(0.5)", "linear", "flow",
+        network=lambda x, t, cond=None: (student(x, t), (1 + k).sin()),
+        project=lambda tokens: tokens, vision=lambda image: (2 * k).cos(),
+    )  # fmt: skip
+    given = {"x0": x0, "eps": eps, "t": FLOW, "image": x0}
+    values = objective.evaluate(("repa.align", "loss"), given)
+    near(values["repa.align"], entry["proj_loss_b"])
+    near(values["loss"].mean(), entry["total_lambda0p5"])
+
+
+def test_shifted_times(golden, x0):
+    entry = golden["time_shift"]
+    t = torch.tensor(entry["t"], dtype=torch.float64)
+    for k, key in ((3, "shift3"), (math.e, "mu1")):
+        objective = declare(f"process = linear\nprediction_type = flow\nt' = shift(t, {k})")
+        near(objective.evaluate(("t",), {"x0": x0, "t": t})["t"], entry[key])
+    back = declare("process = linear\nprediction_type = flow\nt' = shift(t, 1 / 3)")
+    shifted = torch.tensor(entry["shift3"], dtype=torch.float64)
+    near(back.evaluate(("t",), {"x0": x0, "t": shifted})["t"], entry["inverse"])
+
+
+@pytest.mark.parametrize(
+    ("law", "weight", "key"),
+    [
+        ("logit_normal(0, 1)", "density(t, t)", "logit_normal_0_1"),
+        ("shift(logit_normal(0, 1), 3)", "density(t, t)", "logit_normal_shift3"),
+        ("uniform(0, 1)", "mode_map(t, 1.29)", "sd3_mode_map_s1p29"),
+        ("uniform(0, 1)", "2 / (pi * (1 - 2 * t + 2 * t^2))", "sd3_cosmap_weight"),
+    ],
+)
+def test_densities_of_times(golden, x0, eps, law, weight, key):
+    body = f"process = linear\nprediction_type = flow\nt ~ {law}\nfit' = {weight} * fit"
+    values = declare(body).evaluate(("fit", "fit@0"), {"x0": x0, "eps": eps, "t": FLOW})
+    near(values["fit"] / values["fit@0"], golden["time_density"][key])
 
 
 def test_average_velocity(golden, x0, eps):

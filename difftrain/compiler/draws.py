@@ -38,7 +38,8 @@ class Draws:
         return mean + std * random.normal(stream, *self.key, dtype=self.dtype)
 
     def integer(self, stream: str, n) -> Tensor:
-        """[B] of 0 .. n - 1."""
+        """[B] of 0 .. n - 1; n is a number or a tensor []."""
+        n = n.long() if isinstance(n, Tensor) else int(n)
         return random.integer(stream, *self.key, n)
 
     def bernoulli(self, stream: str, p) -> Tensor:

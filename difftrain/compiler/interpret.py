@@ -77,7 +77,16 @@ def _value(graph, node, values, inputs, draws, nets, inside):
     operands = [
         _spread(values[a], graph[a]["kind"], data["kind"], values, graph, args) for a in args
     ]
+    if data["op"] not in ("pick", "real"):
+        operands = [_real(x, inputs) for x in operands]
     return TORCH[data["op"]](*operands)
+
+
+def _real(value, inputs):
+    """Whole numbers in the precision of the data."""
+    like = next((inputs[n] for n in ("x0", "xt") if inputs.get(n) is not None), None)
+    whole = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+    return TORCH["real"](value, like) if whole and like is not None else value
 
 
 def _spread(value, kind: str, target: str, values, graph, args):

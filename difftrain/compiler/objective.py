@@ -207,10 +207,11 @@ class Objective(nn.Module):
 
     def loss(
         self, x: Tensor, cond=None, *, null=None, t=None, eps=None, step=0, seed=0, index=None,
-        return_aux=False,
+        return_aux=False, **given,
     ):  # fmt: skip
-        """The loss per sample, [B]. With `return_aux`, also every named quantity on the way."""
-        given = {"x0": x, "cond": cond, "null": null, "t": t, "eps": eps}
+        """The loss per sample, [B]. With `return_aux`, also every named quantity on the way.
+        `given` holds further inputs, such as `image`, and values of any quantity."""
+        given = {"x0": x, "cond": cond, "null": null, "t": t, "eps": eps, **given}
         wanted = ("loss", *self._named()) if return_aux else ("loss",)
         fixed = () if t is None else ("t",)
         values = self._compute(wanted, given, fixed, step=step, seed=seed, index=index)

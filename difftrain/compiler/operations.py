@@ -18,6 +18,11 @@ def widen(x: Tensor, like: Tensor) -> Tensor:
     return x.reshape(-1, *(1,) * (like.dim() - 1))
 
 
+def real(x: Tensor, like: Tensor) -> Tensor:
+    """Whole numbers [B] as real ones, in the precision of the data and at least in fp32."""
+    return x.to(torch.promote_types(like.dtype, torch.float32))
+
+
 def over_sample(x: Tensor) -> tuple[int, ...]:
     return tuple(range(1, x.dim()))
 
@@ -186,6 +191,7 @@ FUNCTIONS: dict[str, Callable] = {
     "pick": pick,
     "stop": stop,
     "widen": widen,
+    "real": real,
 }
 ON_TENSORS = ("exp", "log", "sqrt", "sin", "cos", "tan", "atan", "acos", "erf", "sigmoid", "expm1")
 ON_TENSORS += ("floor", "ceil", "abs")

@@ -120,9 +120,11 @@ def free_of_steps(terms: list[Term]) -> list[Term]:
     names: dict[Term, str] = {}
 
     def change(part: Term, args):
+        if part.op == "draw" and part["law"] == "choice":
+            return part  # its weights are a table, whatever they depend on
         if part.op in free or (part.op == "input" and part["name"] == "step"):
             name = names.setdefault(part, f"any.{len(names)}")
-            return leaf("draw", "sample", const(0.05), const(0.95), law="uniform", name=name)
+            return leaf("draw", part.kind, const(0.05), const(0.95), law="uniform", name=name)
 
     return [rebuild(term, change) for term in terms]
 

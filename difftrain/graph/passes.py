@@ -7,9 +7,10 @@ import zlib
 from collections.abc import Callable
 
 from difftrain.graph.cancel import cancel
-from difftrain.graph.graph import Graph
+from difftrain.graph.graph import Graph, to_terms
 from difftrain.graph.verify import verify
 from difftrain.language.operations import OPERATIONS
+from difftrain.language.term import is_const
 
 ELEMENTWISE = {name for name, op in OPERATIONS.items() if op.kind is OPERATIONS["add"].kind}
 ELEMENTWISE |= {"where", "eq", "ne"}
@@ -28,15 +29,33 @@ def bind(graph: Graph) -> Graph:
 
 
 def tabulate(graph: Graph) -> Graph:
-    """Needs: nothing. Ensures: what depends on nothing but an index of a table is a table too, so
-    it is computed once, in float64, and looked up in the step."""
+    """Needs: nothing. Ensures: what depends on nothing but an index is a table, so it is computed
+    once, in float64, and looked up in the step."""
     graph = graph.copy()
     for node in graph.find("pick"):
         table, index = graph[node]["args"]
         size = _length(graph, table)
         if size is not None:
             _tabulate_index(graph, index, size)
+    for node in graph.find("draw", "input"):
+        size = _count(graph, node)
+        titles = (graph[node]["attrs"]["name"], *graph[node]["names"])
+        if size is not None and "t" in titles:
+            _tabulate_index(graph, node, size)
     return graph
+
+
+def _count(graph: Graph, node: int) -> int | None:
+    """How many values an index has that is drawn, or given in the place of one."""
+    attrs = graph[node]["attrs"]
+    if graph[node]["op"] == "draw":
+        terms = to_terms(graph)[node] if attrs["law"] == "integer" else None
+    else:
+        terms = graph.laws.get(attrs["name"])
+    if terms is None or terms.op != "draw" or terms["law"] != "integer":
+        return None
+    size = terms.args[0]
+    return int(size.value) if is_const(size) else None
 
 
 def _length(graph: Graph, table: int) -> int | None:
@@ -60,7 +79,7 @@ def _tabulate_index(graph: Graph, index: int, size: int) -> None:
             if _length(graph, table) == size:
                 tables[node] = table
                 graph[table]["names"] = (*data["names"], *graph[table]["names"])
-        elif data["op"] in ELEMENTWISE and any(a in tables for a in data["args"]):
+        elif data["op"] in ELEMENTWISE and any(a in tables or a == index for a in data["args"]):
             args = [_as_table(graph, a, tables, index, size) for a in data["args"]]
             if None not in args:
                 tables[node] = graph.add(
@@ -88,6 +107,32 @@ def _look_up(graph: Graph, tables: dict[int, int], index: int) -> None:
         if graph[node]["op"] != "pick" and (users or wanted):
             new = graph.add("pick", "sample", (table, index), (), graph[node]["span"])
             graph.replace(node, new)
+
+
+WHOLE = ("integer", "choice")  # laws of whole numbers
+
+
+def real(graph: Graph) -> Graph:
+    """Needs: tabulate. Ensures: arithmetic on a whole number has the precision of the data."""
+    graph = graph.copy()
+    data = [n for n in graph.find("input") if graph[n]["attrs"]["name"] in SHAPED]
+    whole = [n for n in graph.find("draw", "input") if data and _is_whole(graph, n)]
+    for node in whole:
+        users = [u for u in graph.net.successors(node) if graph[u]["op"] in ELEMENTWISE]
+        if users:
+            new = graph.add("real", graph[node]["kind"], (node, data[0]))
+            for user in users:
+                args = graph[user]["args"]
+                graph.set_args(user, (new if a == node else a for a in args))
+    return graph
+
+
+def _is_whole(graph: Graph, node: int) -> bool:
+    attrs = graph[node]["attrs"]
+    if graph[node]["op"] == "draw":
+        return attrs["law"] in WHOLE
+    law = graph.laws.get(attrs["name"])
+    return law is not None and law.op == "draw" and law["law"] in WHOLE
 
 
 def dedupe(graph: Graph) -> Graph:
@@ -173,6 +218,7 @@ PASSES: tuple[Pass, ...] = (
     bind,
     cancel,
     tabulate,
+    real,
     dedupe,
     share_forwards,
     stop_gradients,

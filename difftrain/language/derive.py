@@ -254,7 +254,7 @@ class Derivation:
         path, name = expr.path, expr.dotted
         if name in frame.env:
             target = self._force(frame.env[name], frame.world)
-        elif self.qualified(path, frame.scope) is not None:
+        elif self.qualified(path, frame.scope) and not _is_library_s_own(name, frame.scope):
             target = self._replaced(expr, frame)
         elif name in SPECIAL:
             return SPECIAL[name](self, expr, frame)
@@ -364,6 +364,11 @@ class Derivation:
         local = [*home.known("param"), *frame.env, *scope.locals, *scope.words]
         known = [*local, *self.equations.versions, *INPUTS, *NETS, *OPERATIONS, *LAWS, *SPECIAL]
         return mistakes.unknown(name, [*known, *home.known("function")], at)
+
+
+def _is_library_s_own(name: str, scope: Scope) -> bool:
+    """Whether a text of the library calls an operation or a law, whatever a spec has so named."""
+    return scope.home.shipped and name in {*SPECIAL, *OPERATIONS, *LAWS} - {*scope.locals}
 
 
 def _taught(world: World) -> bool:

@@ -165,7 +165,21 @@ def _inverse(self: Derivation, expr: Call, frame: Frame) -> Term:
     low, high = (ends.low, ends.high) if ends else (0.0, 1.0)
     if not _monotone(body, moving, low, high):
         raise Problem(mistakes.not_monotone(quantity, expr))
+    reached = sorted(_end(body, moving, t) for t in (low, high))
+    asked = support(value)
+    if asked and not (reached[0] <= asked.low and asked.high <= reached[1]):
+        raise Problem(mistakes.leaves_range(quantity, wanted, asked, reached, expr))
     return solved(body, moving, value, low, high)
+
+
+def _end(body: Term, moving: Term, t: float) -> float:
+    """The value of a quantity at an end of t; infinite where it has none there."""
+    found = number_of(body, {moving: t})
+    most = 60 if body.op == "log" else 1e12  # beyond what doubles tell from an open end
+    if not math.isnan(found):
+        return found if abs(found) < most else math.copysign(math.inf, found)
+    inner = [number_of(body, {moving: abs(t - s)}) for s in (1e-3, 1e-2)]
+    return math.copysign(math.inf, inner[0] - inner[1])
 
 
 def _monotone(body: Term, moving: Term, low: float, high: float) -> bool:
@@ -176,7 +190,10 @@ def _monotone(body: Term, moving: Term, low: float, high: float) -> bool:
 
 def _density(self: Derivation, expr: Call, frame: Frame) -> Term:
     """`density(q, v)`: how likely the law of the draw q makes the value v."""
-    drawn, at = (self.number(a.value, frame) for a in expr.args)
+    law, wanted = expr.args
+    world = replace(frame.world, plain=frozenset({ALL}))  # a given value has no law
+    drawn = self.number(law.value, Frame(frame.scope, frame.env, world))
+    at = self.number(wanted.value, frame)
     leaves = draws(drawn)
     if len(leaves) != 1 or leaves[0]["law"] not in ("uniform", "normal", "integer"):
         text = f"`{expr.args[0].span.text}` has no density that could be written down"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from difftrain.language.finding import Finding, Label
 from difftrain.language.nearest import nearest
 from difftrain.language.operations import NAMES
 from difftrain.language.scope import Equations, Use, formals
+from difftrain.language.term import number
 from difftrain.language.tree import Argument, Call, Expr, Span
 from difftrain.language.worlds import Function
 
@@ -42,6 +44,31 @@ def unknown(name: str, known: Sequence[str], at: Expr | Argument) -> Finding:
     span = at.head if isinstance(at, Call) else at.span
     hint = f"write `{close}`" if close else "define it here, or add it as a parameter"
     return Finding("DIF120", f"there is no `{name}`", Label(span), help=hint)
+
+
+def leaves_range(quantity: Argument, law: Argument, asked, reached, expr: Call) -> Finding:
+    """A law of a quantity that gives values which the quantity never has."""
+    name = quantity.span.text
+    low, high = number(_inward(reached[0], 1)), number(_inward(reached[1], -1))
+    cut = law.span.text
+    cut = f"max({cut}, {low})" if asked.low < reached[0] else cut
+    cut = f"min({cut}, {high})" if asked.high > reached[1] else cut
+    return Finding(
+        "DIF206",
+        f"this law of `{name}` leaves what the process has",
+        Label(expr.span),
+        because=f"it gives {asked.low:.4g} to {asked.high:.4g}, and `{name}` is {low} to {high}",
+        help=f"choose other numbers, or write `{name} ~ {cut}`",
+    )
+
+
+def _inward(value: float, direction: int) -> float:
+    """A number with four digits, not outside an end."""
+    if not math.isfinite(value) or value == 0:
+        return value
+    unit = 10 ** (math.floor(math.log10(abs(value))) - 3)
+    ends = math.ceil if direction > 0 else math.floor
+    return float(f"{ends(value / unit) * unit:.6g}")
 
 
 def not_there(path: tuple[str, ...], use: Use, at: Expr | Argument) -> Finding:

@@ -157,7 +157,6 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     equations.quantities = {s.name for s in base} | {*GIVEN, *OPEN}
     add_statements(equations, base, Scope("", prelude.home), found, "base")
     slots, body = _split(block, names, found)
-    body = on_time(body, equations)
     uses = {
         slot: _uses(slots[slot], kind, scope, found)
         for slot, kind in SLOTS.items()
@@ -165,7 +164,7 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     }
     for use in (*uses.get("process", ()), *uses.get("prediction_type", ())):
         add_use(equations, use, found, "base")
-    add_statements(equations, body, scope, found, "base")
+    add_statements(equations, on_time(body, equations), scope, found, "base")
     for use in uses.get("strategy", ()):
         add_use(equations, use, found, "strategy")
     for slot in ("process", "prediction_type", "backbone"):

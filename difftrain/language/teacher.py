@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from difftrain.language.finding import Finding, Label
 from difftrain.language.inverse import solved
+from difftrain.language.numbers import support
 from difftrain.language.term import Term, const, leaf, make
-from difftrain.language.worlds import HERE, World
+from difftrain.language.worlds import HERE, Problem, World
 
 if TYPE_CHECKING:
     from difftrain.language.derive import Derivation
@@ -37,7 +39,7 @@ def _inside(student: Derivation, own: Derivation, world: World, at) -> World:
     if not _same_path(student, own):
         level, alpha = (student.read(n, world, at) for n in ("logsnr", "alpha"))
         along = HERE.swap({"t": MOVING})
-        t = solved(own.read("logsnr", along), MOVING, level, *own_range(own))
+        t = solved(own.read("logsnr", along), MOVING, level, *own_range(own, at))
         xt = own.read("alpha", HERE.swap({"t": t})) / alpha * xt
     calm = {"dropped": const(False), "dropout": const(False), "cond": cond}
     net = leaf("module", "module", name="teacher")
@@ -59,9 +61,12 @@ def _same_path(student: Derivation, own: Derivation) -> bool:
     return all(a is b for a, b in pairs)
 
 
-def own_range(own: Derivation) -> tuple[float, float]:
+def own_range(own: Derivation, at) -> tuple[float, float]:
     """The ends of t on a derivation's own process."""
-    from difftrain.language.numbers import support
-
     found = support(own.law(own.equations.process_time()))
+    if found.whole:
+        text = "this teacher knows a table of steps alone, and the student's times lie between"
+        span = at.span if at is not None else own.equations.process_time().span
+        hint = "use the teacher's own process for the student, or a continuous teacher"
+        raise Problem(Finding("DIF160", text, Label(span), help=hint))
     return (found.low, found.high) if found else (0.0, 1.0)

@@ -100,8 +100,9 @@ def _follows(case: Case, finding: Finding, found: list[Finding]) -> bool:
         return True
     equations, backbone = case.objective.equations, case.objective.backbone
     empty = [k for slot, k in SLOTS.items() if slot != "strategy" and not case.slot(slot)]
+    there = {*equations.versions, *equations.scopes}
     unset = [n for u in equations.uses for n in formals(u.definition)
-             if f"{u.label}.{n}" not in equations.versions]  # fmt: skip
+             if f"{u.label}.{n}" not in there]  # fmt: skip
     moved = [f.at.span.text for f in found if f.code == "DIF106"]
     given = backbone.interface if backbone else Interface()
     asked = (*unset, *given.times, *given.inputs)
@@ -109,7 +110,7 @@ def _follows(case: Case, finding: Finding, found: list[Finding]) -> bool:
         case "DIF122":
             return any(f.code == "DIF122" and _ring(f) == _ring(finding) for f in found)
         case "DIF120":
-            parts = any(f"`{kind}." in finding.message for kind in empty)
+            parts = any(f"`{kind}." in finding.message for kind in (*empty, *unset))
             return parts or any(f"`{n}`" in finding.message for n in (*unset, *moved))
         case "DIF123" if any(f.message == finding.message for f in found):
             return True
