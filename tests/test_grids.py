@@ -139,6 +139,7 @@ def test_a_solver_that_starts_afresh_does_not_go_down_to_the_lowest_level():
         (SIGMA, {"low": 90}, "`low` must be below `high`"),
         (UNIT, {"times": (0.2, 0.5)}, r"`times = \[0.2, 0.5\]` must fall, and lie between 1 and 0"),
         (INDEX, {"times": (999,)}, "must fall, and lie between 999 and -1"),
+        (SIGMA, {"times": (1, 2)}, "must fall, and lie above 0"),
         (UNIT, {"times": (0.5,), "steps": 3}, "contradict each other: leave `steps` out"),
     ],
 )

@@ -138,10 +138,8 @@ def chosen(law: Law, options: Mapping[str, object]) -> str:
 def _check_listed(times: list, steps: int, low: float, high: float, counted: bool) -> None:
     first, last = (high - 1, -1) if counted else (high, low)
     if any(a <= b for a, b in pairwise([first, *times, last])):
-        raise ValueError(
-            f"`times = {times}` must fall, and lie between {first:g} and {last:g}, where sampling"
-            " begins and ends"
-        )
+        within = f"between {first:g} and {last:g}" if math.isfinite(first) else f"above {last:g}"
+        raise ValueError(f"`times = {times}` must fall, and lie {within}")
     if steps not in (1, len(times) + 1):
         raise ValueError(
             f"`steps = {steps}` and `times = {times}` contradict each other: leave `steps` out"
