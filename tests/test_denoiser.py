@@ -156,12 +156,12 @@ def test_plain_attention_is_the_same_function(text):
     torch.testing.assert_close(plain(X, T, STATES), fused(X, T, STATES))
 
 
+ONE_LEVEL = {"channels": (8,), "attention": (0,)}  # tracing takes its time
 EVERYTHING = {"times": ("t", "r"), "inputs": ("w", "guess"), "tap": 1, "dropout": 0.3}
 
 
 def test_everything_traces_as_one_graph_with_its_derivative(text):
-    small = {"channels": (8,), "attention": (0,)}  # tracing takes its time
-    net = trained(made(text, **EVERYTHING, **small, forward_mode=True))
+    net = trained(made(text, **EVERYTHING, **ONE_LEVEL, forward_mode=True))
 
     def moving(x, t, masks):
         def at(x, t):
@@ -188,7 +188,8 @@ CONDITIONS = {
 @pytest.mark.parametrize("kind", CONDITIONS)
 def test_the_backward_pass_traces(text, kind):
     cond, encoder = CONDITIONS[kind]
-    net = made(text if encoder is None else encoder, **{**EVERYTHING, "dropout": 0.0})
+    options = {**EVERYTHING, **ONE_LEVEL, "dropout": 0.0}
+    net = made(text if encoder is None else encoder, **options)
 
     def called(x, t):
         return net(x, t, cond, r=R, w=T, guess=X)

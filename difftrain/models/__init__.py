@@ -12,6 +12,7 @@ from difftrain.models.errors import PartError
 from difftrain.models.foreign import called, imported, offered
 
 PLACES = {  # builder: the module of this package that holds it
+    "adapted": "adapters",
     "autoencoder_kl": "codec",
     "clip": "text",
     "dinov2": "vision",

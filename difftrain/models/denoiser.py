@@ -1,84 +1,41 @@
-"""The frame of diffusers' UNets: more times and inputs, taps, named dropout, forward mode."""
+"""The frame of diffusers' UNets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor, nn
 
-from difftrain.models.dropout import install
-from difftrain.models.errors import PartError
-from difftrain.models.forward import differentiable
+from difftrain.models.frame import SCALE, Frame, widened
 
 SCALES = 256  # sinusoids of the guidance scale, arXiv:2310.04378 section 4.3
-KNOWN = ("w", "guess")
 
 
-class UNet(nn.Module):
-    """Calls a UNet2DConditionModel or UNet2DModel as network(x, t, cond, **extra).
+class UNet(Frame):
+    """The frame of a UNet2DConditionModel, or of a UNet2DModel where there is no text; its tap is
+    the middle. `side` is that of the latents."""
 
-    x [B, C, h, w]; t [B] (an index, or real: it is multiplied by `time_scale` first); cond
-    [B, T, width] or labels [B, 1]; further times [B] by name, each of which adds an embedding of
-    t minus it; `w` [B], a guidance scale; `guess` [B, C, h, w]. Gives [B, C, h, w], with `tap` also
-    the tokens [B, T, D] of the middle. What a pretrained network has not seen starts as zero.
-    """
+    own_scale = True
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        latent: int,
-        side: int,
-        time_scale: float = 1.0,
-        times: Sequence[str] = ("t",),
-        inputs: Sequence[str] = (),
-        tap: int = 0,
-        dropout: float = 0.0,
-        forward_mode: bool = False,
-    ):
-        super().__init__()
-        self.module, self.time_scale, self.tap = module, time_scale, tap
-        self.apart = nn.ModuleDict({name: _embedding_of(module) for name in times[1:]})
-        self.inputs = _named(inputs)
+    def __init__(self, module: nn.Module, *, latent: int, side: int, **options):
+        super().__init__(module, module.time_embedding.linear_1.out_features, **options)
         if "w" in self.inputs:
             _see_scales(module)
         if "guess" in self.inputs and module.config.in_channels == latent:
-            _see_more(module, latent)
-        self.masks = install(module, dropout) if dropout else None
-        if forward_mode:
-            differentiable(module)
+            module.conv_in = widened(module.conv_in, latent)
+            module.register_to_config(in_channels=2 * latent)
         self.tap_width, self.tap_grid = module.config.block_out_channels[-1], _middle(module, side)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, *, masks=None, **extra):
-        handed = self.masks.handed(masks) if self.masks else nullcontext()
-        with handed:
-            return self._called(x, t, cond, **extra)
-
-    def _called(self, x, t, cond, *, w=None, guess=None, **times):
-        if guess is not None:
-            x = torch.cat([x, guess], dim=1)
-        emb = self._embedding(x, t, w, times)
-        if self.module.class_embedding is not None:
-            emb = emb + self.module.class_embedding(cond[:, 0])
-        output, middle = levels(self.module, x, emb, cond)
-        return (output, middle.flatten(2).transpose(1, 2)) if self.tap else output
-
-    def _embedding(self, x: Tensor, t: Tensor, w: Tensor | None, times: dict) -> Tensor:
-        """What all levels are told of times and guidance, [B, D]."""
-        known = None if w is None else _scale(w).to(x.dtype)
-        emb = self.module.time_embedding(self._waves(x, t), known)
-        for name, embedding in self.apart.items():
-            emb = emb + embedding(self._waves(x, t - times[name]))
-        return emb
-
-    def _waves(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.module.time_proj(t * self.time_scale).to(x.dtype)
+    def run(self, x: Tensor, t: Tensor, cond, told, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        unet = self.module
+        scale = None if w is None else _waves(w).to(x.dtype)
+        emb = unet.time_embedding(unet.time_proj(t).to(x.dtype), scale) + told
+        if unet.class_embedding is not None:
+            emb = emb + unet.class_embedding(cond[:, 0])
+        output, middle = levels(unet, x, emb, cond)
+        return output, middle.flatten(2).transpose(1, 2)
 
 
 def levels(unet: nn.Module, x: Tensor, emb: Tensor, cond) -> tuple[Tensor, Tensor]:
-    """(output [B, C, h, w], middle [B, D, h', w']) of a UNet's levels, told `emb` [B, D]."""
+    """(output [B, C, h, w], middle [B, D, h', w']) of a UNet's levels, told `emb` [B, width]."""
     h = unet.conv_in(x)
     skips = (h,)
     for block in unet.down_blocks:
@@ -98,31 +55,6 @@ def _run(block: nn.Module, h: Tensor, emb: Tensor, cond, **more):
     return block(hidden_states=h, temb=emb, **seen, **more)
 
 
-# ---- what a network is given besides x, t and cond
-
-
-def _named(inputs: Sequence[str]) -> tuple[str, ...]:
-    """The last names of further inputs, as they arrive."""
-    names = tuple(name.rpartition(".")[2] for name in inputs)
-    if wrong := [name for name in names if name not in KNOWN]:
-        raise PartError(
-            f"this network cannot be given `{wrong[0]}`: its `inputs` may be a guidance scale `w` "
-            "and an earlier estimate `guess`"
-        )
-    return names
-
-
-def _embedding_of(unet: nn.Module) -> nn.Module:
-    """An embedding like the one of t, that adds nothing yet."""
-    from diffusers.models.embeddings import TimestepEmbedding
-
-    like = unet.time_embedding.linear_1
-    made = TimestepEmbedding(like.in_features, like.out_features)
-    nn.init.zeros_(made.linear_2.weight)
-    nn.init.zeros_(made.linear_2.bias)
-    return made
-
-
 def _see_scales(unet: nn.Module) -> None:
     """Let the embedding of t see a guidance scale, in the place that diffusers has for it."""
     embedding = unet.time_embedding
@@ -132,23 +64,11 @@ def _see_scales(unet: nn.Module) -> None:
         unet.register_to_config(time_cond_proj_dim=SCALES)
 
 
-def _scale(w: Tensor) -> Tensor:
-    """Sinusoids [B, 256] of 1000 w."""
+def _waves(w: Tensor) -> Tensor:
+    """Sinusoids [B, 256] of a guidance scale [B]."""
     from diffusers.models.embeddings import get_timestep_embedding
 
-    return get_timestep_embedding(1000 * w, SCALES, downscale_freq_shift=1)
-
-
-def _see_more(unet: nn.Module, more: int) -> None:
-    """Let the first convolution see further channels, whose weights are zero."""
-    old = unet.conv_in
-    conv = nn.Conv2d(old.in_channels + more, old.out_channels, old.kernel_size, padding=old.padding)
-    with torch.no_grad():
-        conv.weight.zero_()
-        conv.weight[:, : old.in_channels] = old.weight
-        conv.bias.copy_(old.bias)
-    unet.conv_in = conv
-    unet.register_to_config(in_channels=conv.in_channels)
+    return get_timestep_embedding(SCALE * w, SCALES, downscale_freq_shift=1)
 
 
 def _middle(unet: nn.Module, side: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -30,6 +31,41 @@ def _unit(x: Tensor, eps: float) -> Tensor:
     return apart * (apart.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
+class JointAttention:
+    """A processor of diffusers' attention in plain arithmetic: pictures [B, T, D] and text
+    [B, S, D] look at each other and themselves (arXiv:2403.03206 section 4), or pictures alone."""
+
+    def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states=None, **_):
+        x, text = hidden_states, encoder_hidden_states
+        own = (attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)
+        q, k, v = (_heads(attn, x, *pair) for pair in own)
+        if text is None:
+            return _out(attn, _looked(q, k, v))
+        more = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        norms = attn.norm_added_q, attn.norm_added_k, None
+        added = [_heads(attn, text, *pair) for pair in zip(more, norms, strict=True)]
+        pairs = zip((q, k, v), added, strict=True)
+        both = _looked(*(torch.cat(pair, dim=2) for pair in pairs))
+        x, text = both[:, : x.shape[1]], both[:, x.shape[1] :]
+        return _out(attn, x), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def _looked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Values [B, T, D] of q, k, v [B, heads, T, D / heads]."""
+    looks = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
+    return (looks @ v).transpose(1, 2).flatten(2)
+
+
+def _out(attn, x: Tensor) -> Tensor:
+    return attn.to_out[1](attn.to_out[0](x))
+
+
+def _heads(attn, x: Tensor, project: nn.Module, norm: nn.Module | None) -> Tensor:
+    """[B, heads, T, D / heads]."""
+    split = project(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+    return split if norm is None else norm(split)
+
+
 PLAIN = {nn.GroupNorm: GroupNorm, nn.LayerNorm: LayerNorm}
 
 
@@ -40,6 +76,7 @@ def differentiable(module: nn.Module) -> None:
 
     for child in module.modules():
         if isinstance(child, Attention):
-            child.set_processor(AttnProcessor())
+            joint = child.added_kv_proj_dim is not None or child.norm_q is not None
+            child.set_processor(JointAttention() if joint else AttnProcessor())
         elif type(child) in PLAIN:
             child.__class__ = PLAIN[type(child)]  # the same weights, called in another way

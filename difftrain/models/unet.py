@@ -10,6 +10,7 @@ from difftrain.answer import unwrap
 from difftrain.models.codec import Codec
 from difftrain.models.denoiser import UNet
 from difftrain.models.errors import PartError
+from difftrain.models.frame import agree
 from difftrain.models.loading import load
 from difftrain.models.text import TextEncoder
 
@@ -160,20 +161,10 @@ def _pretrained(weights: str, codec: Codec | None, text) -> nn.Module:
 
 def _fits(weights: str, config, codec: Codec | None, text) -> None:
     """Refuse a network that was trained with another codec or another kind of condition."""
-    takes = config.out_channels  # those that come in may count a guess
-    if codec and takes != codec.channels:
-        raise PartError(
-            f"the network in `{weights}` takes {takes} latent channels, but the codec makes "
-            f"{codec.channels}: use the codec that it was trained with"
-        )
-    if _reads_text(text):
-        reads = config.cross_attention_dim
-        if text and reads != text.width:
-            raise PartError(
-                f"the network in `{weights}` reads text of width {reads}, but the text encoder "
-                f"gives {text.width}: use the encoder that it was trained with"
-            )
-    elif config.num_class_embeds != _classes(text):
+    # the channels that come in may count a guess
+    reads = config.cross_attention_dim if _reads_text(text) else None
+    agree(weights, config.out_channels, reads, codec, text)
+    if not _reads_text(text) and config.num_class_embeds != _classes(text):
         knows = config.num_class_embeds or "no"
         raise PartError(
             f"the network in `{weights}` knows {knows} classes, the null class counted in, and "
