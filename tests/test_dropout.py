@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from difftrain.compiler.draws import Draws
-from difftrain.models.dropout import Dropout, install
+from difftrain.models.dropout import WORD, Dropout, hashed, install
 
 INDEX = torch.arange(6)
 
@@ -56,7 +56,7 @@ def test_masks_go_when_a_call_ends(network):
     masks, x = install(network, 0.5), torch.randn(6, 8)
     with pytest.raises(RuntimeError, match="shapes"):
         called(network, masks, torch.randn(6, 9), draws())
-    assert masks.draws is None
+    assert masks.key is None
     plain = network.layers[2](network.layers[0](x))
     assert torch.equal(network(x), plain)
 
@@ -74,6 +74,23 @@ def test_rate_and_mean():
     out = called(network, masks, torch.ones(6, 20_000), draws())
     assert (out == 0).float().mean().item() == pytest.approx(0.3, abs=0.005)
     assert out.mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_hashes_are_one_to_one_and_change_in_half_of_their_bits():
+    words = torch.arange(1 << 16)
+    assert len(hashed(words).unique()) == len(words) and hashed(words).max() < WORD
+    bits = torch.arange(31)
+    changed = (hashed(words) ^ hashed(words ^ 1))[:, None] >> bits & 1
+    torch.testing.assert_close(changed.float().mean(0), torch.full((31,), 0.5), atol=0.02, rtol=0)
+
+
+def test_masks_of_layers_samples_and_places_are_independent():
+    network = nn.Sequential(nn.Dropout(), nn.Dropout())
+    masks, ones = install(network, 0.5), torch.ones(64, 4096)
+    first, second = (called(layer, masks, ones, Draws(7, 3, torch.arange(64))) for layer in network)
+    pairs = [(first, second), (first[1:], first[:-1]), (first[:, 1:], first[:, :-1])]
+    for one, other in pairs:  # each a correlation of 262,000 numbers
+        assert abs(((one - 1) * (other - 1)).mean().item()) < 0.01
 
 
 def test_rate_0_is_no_dropout(network):
