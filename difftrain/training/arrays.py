@@ -48,7 +48,8 @@ def open_arrays(
     name, found = str(path), _read(path)
     if key not in found:
         there = ", ".join(f"`{k}`" for k in found) or "nothing"
-        raise DataError(f'`{name}` has no `{key}`, only {there}: say which, as in x = "{key}"')
+        first = next(iter(found), key)
+        raise DataError(f'`{name}` has no `{key}`, only {there}: say which, as in x = "{first}"')
     values = _values(found.pop(key), key, name)
     fields = {k: v for k, v in found.items() if v.shape == (len(values),)}
     rows = [
@@ -71,7 +72,7 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: _plain(file, name, path) for name in file.files}
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError, AttributeError) as cause:
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, TypeError) as cause:
         raise DataError(
             f"`{path}` is no whole `.npz`: write it with `numpy.savez`, or copy it again"
         ) from cause

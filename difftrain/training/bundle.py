@@ -18,6 +18,7 @@ from difftrain.compiler.program import load
 from difftrain.compiler.step import Inputs, Recipe, emit_step, inputs_read
 from difftrain.compiler.texts import (
     MANIFEST,
+    PARTS,
     SPEC,
     Texts,
     checked,
@@ -136,7 +137,8 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
     derivation = objective.derivation()
     loss = derivation.read("loss")
     data, train = block(spec, "data"), block(spec, "train")
-    written = [text for name, text in sorted(texts.items()) if name.endswith(".diff")]
+    own_files = [n for n in sorted(texts) if n.endswith(".diff") or n.startswith(PARTS)]
+    written = [texts[name] for name in own_files]
     return {
         "name": Path(spec.path).stem,
         "objective": objective.name,

@@ -300,7 +300,7 @@ def _report(session: Session, bar: tqdm, board, done: int, log: Mapping[str, Ten
     for name, value in numbers.items():
         board.add_scalar(name, value, done)
     rate = bar.format_dict["rate"] or 0.0
-    bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {rate * session.data['batch']:.0f} img/s")
+    bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {rate * session.data['batch']:.0f} samples/s")
 
 
 def save(session: Session, done: int) -> Path:
