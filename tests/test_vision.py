@@ -7,8 +7,9 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig
 from transformers import Dinov2WithRegistersModel as Registers
 
+from difftrain.commands.failure import failure
 from difftrain.language.part import Part
-from difftrain.models import build
+from difftrain.models import build, vision
 from difftrain.models.errors import PartError
 from difftrain.models.vision import _fill, dinov2, efficientnet_lite0
 from difftrain.training.sources import open_source
@@ -114,6 +115,17 @@ def test_one_thing_in_two_hands_looks_alike():
     found = [others[likeness[i, others].argmax()] for i in first]
     hits = sum(labels[i] == labels[j] for i, j in zip(first, found, strict=True))
     assert len(first) > 40 and hits / len(first) > 0.7
+
+
+def test_an_absent_package_is_told(monkeypatch):
+    monkeypatch.setattr(vision, "PACKAGE", "no_such_package")
+    with pytest.raises(ModuleNotFoundError) as caught:
+        efficientnet_lite0(grid=(2, 2))
+    told = failure(caught.value)
+    assert (told.code, str(told)) == (
+        3,
+        "`no_such_package` is not installed here: install it and try again",
+    )
 
 
 # ---- transformers' own folders

@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from difftrain.compiler.lowering import device
 from difftrain.models.errors import PartError
 from difftrain.sampling.kid import SIDE, score
 from difftrain.training.sources import DataError, open_source
@@ -38,8 +39,9 @@ def main() -> None:
 
 def report(samples: Path, data: str, size: int, side: int) -> str:
     """A table of the distances to held-out pictures."""
-    made = pictures(samples, size)
-    real = {split: decoded(data, split, size) for split in ("held_out", "train")}
+    on = device("auto")
+    made = pictures(samples, size).to(on)
+    real = {split: decoded(data, split, size).to(on) for split in ("held_out", "train")}
     found = score(made, real["held_out"], real["train"], side)
     names = {"kid": "samples", "real": "training pictures", "noise": "noise"}
     counts = {"kid": len(made), "real": len(real["train"]), "noise": len(real["held_out"])}
