@@ -357,6 +357,7 @@ def test_options_reach_the_network():
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"depth": 0, "heads": 0}, "a transformer needs `depth`, `heads` of 1 at least"),
         ({"heads": 5}, "a width of 32 cannot be split over 5 heads: use a multiple of 5"),
         ({"width": 6, "heads": 2}, "positions of two sides: use a multiple of 4"),
         ({"width": 24, "rotary": True}, "heads of 6 numbers cannot be turned by two sides"),

@@ -69,6 +69,8 @@ def possible(form: Form, shape: tuple[int, ...]) -> None:
 def _conflicts(form: Form, shape: tuple[int, ...]) -> Iterator[tuple[bool, str]]:
     depth, width, heads = form.depth, form.width, form.heads
     others = [name for name in form.inputs if name not in ("w", "guess")]
+    none = [name for name in ("depth", "width", "heads", "patch") if getattr(form, name) < 1]
+    yield bool(none), f"a transformer needs {_ticked(none)} of 1 at least"
     yield (
         len(shape) != 3,
         f"a transformer cuts pictures into patches, and these data are {list(shape)}: "
