@@ -53,16 +53,17 @@ def _subject(path, name, network, modules, cond, null):
     """The objective around copies of what is given, and stand-ins for what is not."""
     from difftrain import read
     from difftrain.compiler import standin
-    from difftrain.compiler.conformance import Subject, modules_read, quantities
     from difftrain.compiler.objective import Objective
+    from difftrain.compiler.subject import Subject, module_names, quantities, reads_tap
 
     spec = path if isinstance(path, Spec) else read(path)
     declared = spec.objective(name)
+    terms = quantities(declared)
     if network is None:
-        network = standin.Network(tap=bool(declared.backbone.part.options.get("tap")))
+        network = standin.Network(tap=reads_tap(terms["loss"]))
         cond, null = standin.condition() if cond is None else (cond, null)
     network, modules = standin.in_float64(*deepcopy((network, dict(modules or {}))))
-    modules |= standin.missing(modules_read(quantities(declared).values()), modules)
+    modules |= standin.missing(module_names(terms.values()), modules)
     return Subject(Objective(declared, network, modules), cond, null)
 
 

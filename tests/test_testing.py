@@ -20,13 +20,16 @@ from difftrain.testing import ConformanceError, check
 
 SPECS = Path(__file__).parent.parent / "specs"
 FLOW = "process = linear\nprediction_type = flow"
+TRIG = "process = trig\nprediction_type = flow"
+EDM = "process = edm\nprediction_type = sample"
 DDPM = "process = ddpm(beta = scaled_linear, steps = 50)"
 
 
 def spec_of(body: str):
     """The spec of one objective; networks that jump also receive r."""
     times = "[t, r]" if "jumpy" in body or "mean_flow" in body else "[t]"
-    text = f"diff 1\n{OWN}\nobjective o {{\n{body}\nbackbone = custom(times = {times})\n}}\n"
+    backbone = "" if "backbone" in body else f"backbone = custom(times = {times})"
+    text = f"diff 1\n{OWN}\nobjective o {{\n{body}\n{backbone}\n}}\n"
     spec, found = lint(Source("test.diff", text))
     if errors := [f for f in found if f.severity == "error"]:
         raise difftrain.SpecError(errors)
@@ -56,9 +59,23 @@ LIBRARY = {
     "debiased": "process = vp\nprediction_type = epsilon\nstrategy = debiased",
     "score": "process = subvp\nprediction_type = score\nstrategy = input_perturbation",
     "ve": "process = ve\nprediction_type = sample",
-    "edm": "process = edm\nprediction_type = sample\nstrategy = edm_precondition",
-    "trig": "process = trig\nprediction_type = flow\nstrategy = trig_flow",
+    "edm": f"{EDM}\nstrategy = edm_precondition",
+    "trig": f"{TRIG}\nstrategy = trig_flow",
     "mean_flow": f"{FLOW}\nstrategy = [mean_flow(omega = 2, kappa = 0.5), drop_condition(0.5)]",
+    "sct": f"{TRIG}\nstrategy = sct(warmup = 10)",
+    "scd": f"{TRIG}\nstrategy = [scd(scale = 3, warmup = 10), drop_condition(0.5)]",
+    "consistency": f"{EDM}\nstrategy = consistency",
+    "ct": f"{EDM}\nstrategy = ct(total = 100)",
+    "ict": f"{EDM}\nstrategy = ict(total = 100)",
+    "lcm": """process = ddpm(steps = 100)
+      prediction_type = epsilon
+      strategy = lcm
+      backbone = custom(inputs = [lcm.w])""",
+    "truncated_snr": "process = discrete(linear)\nprediction_type = flow\nstrategy = truncated_snr",
+    "direction": f"{FLOW}\nstrategy = [direction, importance(logit_normal(0, 1))]",
+    "self_condition": f"{FLOW}\nstrategy = self_condition\nbackbone = custom(inputs = [guess])",
+    "repa": f"{FLOW}\nstrategy = repa",
+    "uncertain": f"{EDM}\nstrategy = edm_precondition\nloss = uncertainty(fit)",
     "teacher": f"{FLOW}\ntarget' = stop(flow_hat(net = teacher, t = t / 2))",
 }
 BODIES = OWN_BODIES | LIBRARY

@@ -7,28 +7,21 @@ where it does not hold, and `LeftOut` where it says nothing about this objective
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from difftrain.compiler.draws import Draws
 from difftrain.compiler.interpret import interpret
-from difftrain.compiler.objective import OPTIONAL, Objective
-from difftrain.compiler.program import Program
+from difftrain.compiler.objective import OPTIONAL
+from difftrain.compiler.subject import ROWS, SEED, STEP, Subject, draws, inputs
 from difftrain.graph.passes import prune
-from difftrain.language.derive import INPUTS
 from difftrain.language.finding import SpecError
 from difftrain.language.operations import NAMES
-from difftrain.language.scope import DERIVED
-from difftrain.language.spec import Objective as Declared
-from difftrain.language.term import Term, walk
+from difftrain.language.term import walk
 from difftrain.language.weighting import forwards
-from difftrain.language.worlds import Problem
 
-ROWS, STEP, SEED = 3, 7, 5
 SHAPES = ((1, 2, 2), (2, 3, 4), (2, 8))  # of one sample: two pictures and a signal
 WHOLE = ("eps", "xt", "output", "pred", "target")  # shaped like the data, no axis of 1
 COMPARED = ("loss", "xt", "target", "pred")
@@ -72,84 +65,6 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([f"objective `{self.objective}`", *map(str, self.points)])
-
-
-def quantities(declared: Declared) -> dict[str, Term]:
-    """The named quantities that have a value of their own, after all redefinitions."""
-    derivation, terms = declared.derivation(), {}
-    for name in (*declared.equations.versions, *DERIVED):
-        with suppress(Problem):  # such as the slope of a table: lint speaks of those that are read
-            terms[name] = derivation.read(name)
-    return {n: t for n, t in terms.items() if isinstance(t, Term)}
-
-
-def modules_read(terms: Iterable[Term]) -> set[str]:
-    """The names of the modules that quantities read."""
-    return {t["name"] for t in walk(*terms) if t.op == "module"}
-
-
-@dataclass(eq=False)
-class Subject:
-    """An objective that is checked, with its condition and the null one, a row each, or None."""
-
-    objective: Objective
-    cond: Tensor | None = None
-    null: Tensor | None = None
-
-    @cached_property
-    def terms(self) -> dict[str, Term]:
-        return quantities(self.objective.declared)
-
-    @property
-    def loss(self) -> Term:
-        return self.terms["loss"]
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [p for p in self.objective.parameters() if p.requires_grad]
-
-    def given(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """Data of a shape: what the objective reads and does not draw, ROWS samples of it."""
-        made = torch.Generator().manual_seed(0)
-
-        def some(*size: int) -> Tensor:
-            return torch.randn(ROWS, *size, generator=made, dtype=torch.float64)
-
-        given = {"x0": some(*shape)}
-        if self.cond is not None:
-            given["cond"] = _spread(self.cond, some(*(1,) * (self.cond.dim() - 1)))
-            given["null"] = self.null
-        read = {t["name"] for t in walk(*self.terms.values()) if t.op == "input"}
-        others = sorted(read - given.keys() - {*OPTIONAL, "step"})
-        return given | {n: some(*shape) for n in others if INPUTS.get(n) == "field"}
-
-    def program(self, given: Mapping, wanted: Iterable[str], fixed: Iterable[str] = ()) -> Program:
-        free = [n for n in given if n not in (*OPTIONAL, "x0", *fixed)]
-        return self.objective.program(tuple(wanted), free, tuple(fixed))
-
-    def run(self, given: Mapping, wanted: Iterable[str], fixed: Iterable[str] = ()) -> dict:
-        """Quantities of the compiled program."""
-        program = self.program(given, wanted, fixed)
-        tables = program.tables("cpu", torch.float64)
-        return program.compute(_inputs(given), _draws(given), self.objective.nets, tables)
-
-    def evaluate(self, given: Mapping, wanted: Iterable[str], **key) -> dict[str, Tensor]:
-        """Quantities through the objective's own door."""
-        return self.objective.evaluate(tuple(wanted), given, **{"step": STEP, "seed": SEED, **key})
-
-
-def _spread(row: Tensor, noise: Tensor) -> Tensor:
-    """ROWS conditions from one: real ones differ a little, labels are the same."""
-    rows = row.expand(ROWS, *row.shape[1:])
-    return rows + 0.3 * noise if row.is_floating_point() else rows.clone()
-
-
-def _inputs(given: Mapping) -> dict:
-    return {**dict.fromkeys(OPTIONAL), "step": torch.tensor(STEP), **given}
-
-
-def _draws(given: Mapping) -> Draws:
-    return Draws(SEED, STEP, torch.arange(len(given["x0"])), torch.float64)
 
 
 def _row(given: Mapping, row: int) -> dict:
@@ -241,7 +156,7 @@ def compiled(subject: Subject, given: Mapping) -> None:
 
 def _interpreted(subject: Subject, given: Mapping, wanted: Iterable[str]) -> dict:
     graph = subject.program(given, wanted).derived
-    return interpret(graph, _inputs(given), _draws(given), subject.objective.nets)
+    return interpret(graph, inputs(given), draws(given), subject.objective.nets)
 
 
 def _pair(subject: Subject, given: Mapping, wanted, how: Callable) -> tuple[dict, list[Tensor]]:
@@ -310,8 +225,8 @@ def _held(subject: Subject, given: Mapping) -> Callable[[], Tensor]:
     graph = subject.program(given, ("loss",)).derived.copy()
     loss, stops = graph.outputs["loss"], {f"stop.{n}": n for n in graph.find("stop")}
     graph.outputs |= stops
-    nets, inputs = subject.objective.nets, _inputs(given)
-    values = interpret(graph, inputs, _draws(given), nets)
+    nets, known = subject.objective.nets, inputs(given)
+    values = interpret(graph, known, draws(given), nets)
     for name, node in stops.items():
         if name in values:  # a stop inside a derivative has no value of its own
             graph.set_args(node, ())
@@ -320,7 +235,7 @@ def _held(subject: Subject, given: Mapping) -> Callable[[], Tensor]:
     graph = prune(graph)
     if graph.find("stop"):
         raise LeftOut("there is a `stop` inside a derivative")
-    return lambda: interpret(graph, {**inputs, **values}, _draws(given), nets)["loss"]
+    return lambda: interpret(graph, {**known, **values}, draws(given), nets)["loss"]
 
 
 def counted(subject: Subject, given: Mapping) -> None:
@@ -353,7 +268,7 @@ def _watched(subject: Subject, given: Mapping) -> list[bool]:
     names = {graph[graph[n]["args"][0]]["attrs"]["name"] for n in graph.find("network")}
     nets = {n: watched(m) if n in names else m for n, m in subject.objective.nets.items()}
     tables = program.tables("cpu", torch.float64)
-    program.compute(_inputs(given), _draws(given), nets, tables)
+    program.compute(inputs(given), draws(given), nets, tables)
     return calls
 
 
@@ -362,7 +277,7 @@ def _watched(subject: Subject, given: Mapping) -> list[bool]:
 
 def estimates(subject: Subject, given: Mapping) -> None:
     """A network that returns the target is told (x0, eps) by its estimates."""
-    time = subject.run(given, ("t",))
+    time = {"t": subject.run(given, ("t", "xt"))["t"]}  # xt says how fine t is
     level = ("alpha", "sigma", "xt@0", "eps@0", "target@0")
     start = subject.run({**given, **time}, level, time)
     fixed = {**time, "xt": start["xt@0"], "pred": start["target@0"]}
