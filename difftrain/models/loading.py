@@ -24,8 +24,7 @@ def load(kind, weights: str, sub: str) -> nn.Module:
 def _local(kind, weights: str, sub: str) -> nn.Module:
     at = folder(weights)
     at = at / sub if (at / sub).is_dir() else at
-    saved = read_json(at, "config.json").get("_class_name", kind.__name__)
-    if saved != kind.__name__:
+    if saved := _other(kind, read_json(at, "config.json")):
         raise PartError(f"`{at}` holds `{saved}`: give a folder with `{kind.__name__}`")
     if not list(at.glob("*.safetensors")):
         raise PartError(_no_weights(at))
@@ -33,6 +32,16 @@ def _local(kind, weights: str, sub: str) -> nn.Module:
         return _whole(kind.from_pretrained(at, **_safe()), str(at))
     except FAILURES as cause:
         raise PartError(f"cannot load the weights in `{at}`: {_first_line(cause)}") from cause
+
+
+def _other(kind, config: dict) -> str:
+    """What a configuration is of, where that is another class, or another family of models."""
+    saved = config.get("_class_name", kind.__name__)
+    if saved != kind.__name__:
+        return saved
+    family, _, _ = getattr(getattr(kind, "config_class", None), "model_type", "").partition("_")
+    model = config.get("model_type") or family
+    return "" if model.startswith(family) else model
 
 
 def _from_hub(kind, name: str, sub: str) -> nn.Module:

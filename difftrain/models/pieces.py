@@ -49,6 +49,8 @@ class Pieces:
 def pieces(weights: str, sub: str, after: str = "", say: Say = warn) -> Pieces:
     """The tokenizer in a folder or hub name, or in its subfolder `sub` if it has one."""
     found = _hub(weights, sub) if is_hub_name(weights) else _local(weights, sub)
+    if found.pad_token_id is None:
+        raise PartError(f"the tokenizer in `{weights}` has no padding: save it with a `pad_token`")
     return Pieces(found, after, say)
 
 

@@ -118,7 +118,8 @@ def _latent(config: dict) -> dict:
 
 
 def _text(config: dict) -> dict:
-    return {"text": {"width": config.get("hidden_size", 512)}}
+    inner = config.get("text_config", config)  # of a model that reads pictures too
+    return {"text": {"width": inner.get("hidden_size", inner.get("d_model", 512))}}
 
 
 def is_hub_name(weights: str | Path) -> bool:
