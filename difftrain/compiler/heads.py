@@ -28,7 +28,8 @@ class LogVariance(nn.Module):
     def forward(self, c_noise: Tensor) -> Tensor:
         angle = c_noise.to(self.frequency.dtype)[:, None] * self.frequency + self.phase
         features = math.sqrt(2) * angle.cos()
-        return self.linear(features.to(self.linear.weight.dtype))[:, 0].to(c_noise.dtype)
+        wide = torch.promote_types(c_noise.dtype, self.linear.weight.dtype)  # of an index as well
+        return self.linear(features.to(self.linear.weight.dtype))[:, 0].to(wide)
 
 
 class Projection(nn.Module):

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +20,8 @@ from difftrain.compiler.layout import Layout, gather, layout
 from difftrain.language.options import Run
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective
-from difftrain.models import build, reads_names
+from difftrain.models import build, is_foreign, reads_names
+from difftrain.models.foreign import reason
 from difftrain.models.pretrained import Absent
 from difftrain.models.tokenizer import END, START
 from difftrain.training import state
@@ -47,7 +53,7 @@ def measured(bundle: Bundle) -> Bundle:
         shape = codec.shape(size)
         with FakeTensorMode(allow_non_fake_inputs=True):
             modules = build_modules(objective, names, codec, known, size, _shapes)
-            flops = _flops(bundle, modules, batch, shape, size, names)
+            flops = _flops(bundle, modules, batch, shape, size, names, objective)
     return bundle.saying(
         {
             "shapes": {**bundle.manifest["shapes"], "latents": list(shape)},
@@ -78,9 +84,11 @@ def _copies(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]
 
 
 def _shapes(part: Part | tuple[Part, ...], **context) -> nn.Module:
-    """The module of a part, without numbers; a pretrained one is read from its files for that."""
-    if not any(one.options.get("weights") for one in each_part(part)):
-        return build(part, **context)
+    """The module of a part, without numbers. One that is pretrained, or that looks at its first
+    numbers, is built with them for that."""
+    if not any(is_foreign(one) or one.options.get("weights") for one in each_part(part)):
+        with suppress(DataDependentOutputException):
+            return build(part, **context)
     with unset_fake_temporarily():
         module = build(part, **context).to("meta")
     return module.to_empty(device="cpu")
@@ -97,8 +105,11 @@ def _state(plan: Layout, text: nn.Module | None, copies: list[str]) -> dict[str,
     return {"weights": sizes, "buffers": buffers, "numbers": [*state.COUNTERS, "scale"]}
 
 
-def _flops(bundle: Bundle, modules, count: int, shape, size: int, names) -> int:
-    """The arithmetic of one step of `count` samples. Attention is two matrix products each time."""
+def _flops(bundle: Bundle, modules, count: int, shape, size: int, names, objective) -> int:
+    """The arithmetic of one step of `count` samples. Attention is two matrix products each time.
+
+    Raises Absent for a network from Python that needs numbers.
+    """
     module, plan = bundle.module("step.py"), layout(modules)
     tables = {name: torch.empty(t.shape) for name, t in module.tables().items()}
     batch = {"x0": torch.empty(count, *shape), "index": torch.arange(count)}
@@ -109,5 +120,11 @@ def _flops(bundle: Bundle, modules, count: int, shape, size: int, names) -> int:
         batch |= {"null_ids": torch.zeros(1, length, dtype=torch.int64)}
     first = state.fresh(gather(modules, plan, "cpu"), 0, 1, _copies(names, modules))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module.step(first, batch, modules, plan, tables)
+        try:
+            module.step(first, batch, modules, plan, tables)
+        except Exception as cause:
+            part = objective.backbone.part
+            if not is_foreign(part):
+                raise
+            raise Absent(f"`{part.module}` is not measured ({reason(cause)})") from cause
     return counter.get_total_flops()
