@@ -218,7 +218,7 @@ def transformer(
         classes=getattr(text, "classes", 0), states=getattr(text, "width", 0),
         norm=norm, mlp=mlp, rotary=rotary, qk_norm=qk_norm,
         attention=attention, forward_mode=forward_mode, tap=tap, dropout=dropout,
-        time_scale=time_scale, clock=clock, times=tuple(times), inputs=_last_names(inputs),
+        time_scale=time_scale, clock=clock, times=_last_names(times), inputs=_last_names(inputs),
     )  # fmt: skip
     possible(form, shape)
     return _made(form, shape, weights)
