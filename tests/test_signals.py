@@ -183,6 +183,83 @@ def test_two_files_of_one_name_stay_apart(own):
     assert torch.equal(a, c) and not torch.equal(a, b)
 
 
+OWN_PARTS = """
+from torch import nn
+
+
+class Halves(nn.Module):
+    def encode(self, x, noise=None):
+        return x / 2
+
+    def decode(self, latents):
+        return latents * 2
+
+    def shape(self, size):
+        return 1, 3
+
+
+class Names(nn.Module):
+    length = 1
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = ["", *names]
+        self.table = nn.Embedding(len(self.names), 3)
+
+    def ids(self, texts):
+        return torch.tensor([[self.names.index(text)] for text in texts])
+
+    def forward(self, ids):
+        return self.table(ids)
+
+
+def codec():
+    return Halves()
+
+
+def encoder(vocabulary):
+    return Names(vocabulary)
+"""
+
+
+DECLARED = """codec halves { module = "blocks:codec" }
+encoder names(field = "kind", train = true) { module = "blocks:encoder" }
+backbone own(width = 4, text = names, codec = halves)"""
+
+
+def test_codecs_and_encoders_are_as_welcome(own):
+    folder = own(head=OWN_PARTS, answer="self.weight * x + cond")
+    spec = Path("own.diff").read_text().replace("backbone own(width = 4)", DECLARED)
+    Path("own.diff").write_text(spec)
+    np.savez("data.npz", x=np.ones((4, 3)), kind=np.array(["a", "b", "c", "b"]))
+    assert main(["train", "own.diff"]) == 0
+    tensors = load_file(folder / "runs/own/checkpoints/step-000000001.safetensors")
+    assert tensors["weights/text.table.weight"].shape == (4, 3)
+    assert main(["sample", "runs/own", "--prompt", "c", "-n", "2", "-o", "c.npz"]) == 0
+
+
+PICTURED = """
+  vision = vision.dinov2(weights = "", layers = 1, width = 16, heads = 2)
+  loss   = fit + norm(vision(image))
+"""
+
+
+def test_arrays_are_no_pictures(own, capsys):
+    own(options=PICTURED, made="tapped(Scaled())", head=TAPPED)
+    spec = Path("own.diff").read_text().replace("diff 1", "diff 1\nimport std.vision")
+    Path("own.diff").write_text(spec)
+    assert main(["train", "own.diff"]) == 4
+    told = "error: the objective reads `image`, and `data.npz` holds no pictures"
+    assert capsys.readouterr().err.strip().split("\n")[-1] == told
+
+
+TAPPED = """
+def tapped(network):
+    network.tap_grid = (1, 1)
+    return network
+"""
+
+
 WRONG = [
     (
         {"module": '"block:network"'},

@@ -28,8 +28,8 @@ PLACES = {  # builder: the module of this package that holds it
 }
 
 
-# options of a backbone that the run reads as well: builders get those that they take
-OFFERED = ("codec", "text", "times", "inputs")
+# options that the run reads as well: builders get those that they take
+OFFERED = ("codec", "text", "times", "inputs", "field", "train")
 
 
 def builder(part: Part) -> Callable:

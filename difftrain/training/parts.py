@@ -245,6 +245,8 @@ def encoded(
     images: bool = False,
 ) -> Prepared:
     """The data set as latents and token ids, and as pictures where the step reads them."""
+    if images and isinstance(found, Arrays):
+        raise DataError(f"the objective reads `image`, and `{found.name}` holds no pictures")
     tokens = None if parts.text is None else (lambda texts, length: parts.text.ids(texts))
     with torch.no_grad():
         return prepare(
