@@ -110,36 +110,115 @@ OTHERS |= {
     "wrapped": "process = exploding\nprediction_type = sample\nstrategy = wrapped",
     "wrapped-linear": f"{LINEAR}\nprediction_type = flow\nstrategy = [wrapped, dream]",
 }
-ALL = PAIRS | OTHERS
+TWO = "backbone = custom(times = [t, r])"
+TRIG = "process = trig\nprediction_type = flow\nstrategy = {}"
+EDM = "process = edm\nprediction_type = sample\nstrategy = {}"
+STRAIGHT = f"{LINEAR}\nprediction_type = flow\n"
+SEEN = "backbone = custom(inputs = [{}])"
+METHODS = {  # with several nets, heads, copies, grids and laws of their own
+    "mean-flow": f"{STRAIGHT}strategy = mean_flow\n{TWO}",
+    "mean-flow-guided": f"{STRAIGHT}strategy = [mean_flow(0.5, omega = 1.5, kappa = 0.25,"
+    f" start = 0.1, end = 0.9), drop_condition(0.5)]\n{TWO}",
+    "sct": TRIG.format("sct(warmup = 10)"),
+    "scd": TRIG.format("[scd(warmup = 10, scale = 2), drop_condition(0.5)]"),
+    "ct": EDM.format("ct(total = 20)"),
+    "ict": EDM.format("ict(total = 20, end = 40)"),
+    "lcm": f"{DDPM.replace('50', '40')}\nprediction_type = epsilon\nstrategy = lcm(skip = 4)\n"
+    + SEEN.format("lcm.w"),
+    "lcm-v": f"{DDPM.replace('50', '40')}\nprediction_type = v_prediction\n"
+    f"strategy = lcm(skip = 4)\n{SEEN.format('lcm.w')}",
+    "repa": f"{STRAIGHT}strategy = [repa, min_snr]",
+    "self-condition": f"{STRAIGHT}strategy = self_condition\n{SEEN.format('guess')}",
+    "importance": f"{STRAIGHT}strategy = importance(logit_normal(0.5, 1.5))",
+    "direction": f"{STRAIGHT}strategy = direction",
+    "uncertainty": EDM.format("edm_precondition") + "\nloss = uncertainty(fit)",
+    "truncated": f"{DDPM}\nprediction_type = sample\nstrategy = truncated_snr",
+    "grid": "process = discrete(linear, steps = 20)\nprediction_type = flow\nstrategy = dream",
+    "grid-jumps": f"process = discrete(gvp)\nprediction_type = flow\nstrategy = mean_flow\n{TWO}",
+    "levels": "process = vp\nprediction_type = epsilon\nlogsnr ~ uniform(-8, 8)",
+    "levels-closed": f"{STRAIGHT}logsnr ~ normal(0, 2)",
+    "noise": f"{STRAIGHT}eps ~ uniform_noise(x0, -1, 1) + 0.5 * noise(pool(x0))",
+    "taught": "process = trig\nprediction_type = flow\nteacher = other\n"
+    "target' = stop(pred(net = teacher))",
+}
+OTHER = """
+objective other {
+  process         = vp
+  prediction_type = v_prediction
+  backbone        = custom
+}
+"""
+ALL = PAIRS | OTHERS | METHODS
 
 
 def declared(body: str) -> Objective:
     """The objective with this body, beside the definitions in OWN; `r` reaches those that jump."""
-    times = "[t, r]" if "jumpy" in body else "[t]"
-    text = f"diff 1\n{OWN}\nobjective o {{\n{body}\nbackbone = custom(times = {times})\n}}\n"
+    if "backbone" not in body:
+        body += f"\nbackbone = custom(times = {'[t, r]' if 'jumpy' in body else '[t]'})"
+    other = OTHER if "teacher = other" in body else ""
+    text = f"diff 1\n{OWN}\n{other}\nobjective o {{\n{body}\n}}\n"
     found = []
     spec = read_source(Source("test.diff", text), found)
     assert not found, found
-    return spec.objective()
+    return spec.objective("o")
+
+
+def wide(v, like):
+    return v.to(like.dtype).reshape(-1, *(1,) * (like.dim() - 1))
 
 
 class Tiny(nn.Module):
     """A network with a few weights, float64: every input changes what it returns."""
 
+    def __init__(self, scale: float = 1.0, tapped: bool = False):
+        super().__init__()
+        first = scale * torch.tensor([0.3, 0.1, 0.05, 0.2, 0.15], dtype=torch.float64)
+        self.weight, self.tapped = nn.Parameter(first), tapped
+
+    def forward(self, x, t, cond=None, r=None, w=None, guess=None):
+        """x [B, ...], t [B], cond [B, T, D]."""
+        a, b, c, d, e = self.weight
+        out = torch.tanh(a * x) + b * wide(t, x) / (1 + wide(t, x))
+        out = out if r is None else out + c * wide(r, x)
+        out = out if w is None else out + e * wide(w, x) / 10
+        out = out if guess is None else out + e * guess
+        out = out if cond is None else out + d * wide(cond.mean((1, 2)), x)
+        return (out, a * x.flatten(2)) if self.tapped else out
+
+
+class Curve(nn.Module):
+    """A number for each sample that its weight changes."""
+
     def __init__(self):
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.3, 0.1, 0.05, 0.2], dtype=torch.float64))
+        self.weight = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
 
-    def forward(self, x, t, cond=None, r=None):
-        """x [B, ...], t [B], cond [B, T, D]."""
-        a, b, c, d = self.weight
+    def forward(self, x):
+        return torch.sin(self.weight * x)
 
-        def wide(v):
-            return v.to(x.dtype).reshape(-1, *(1,) * (x.dim() - 1))
 
-        out = torch.tanh(a * x) + b * wide(t) / (1 + wide(t))
-        out = out if r is None else out + c * wide(r)
-        return out if cond is None else out + d * wide(cond.mean((1, 2)))
+class Mixed(nn.Module):
+    """Tokens whose channels are scaled by a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+    def forward(self, tokens):
+        return torch.sin(self.weight * tokens) + tokens.flip(-1)
+
+
+def nets() -> dict:
+    """Every net that an objective may read."""
+    lagged = {f"{name}.lagged": Tiny(0.8).requires_grad_(False) for name in ("ct", "lcm")}
+    return {
+        "student": Tiny(tapped=True),
+        "teacher": Tiny(1.2).requires_grad_(False),
+        "logvar": Curve(),
+        "project": Mixed(),
+        "vision": lambda image: image.flatten(2).flip(1),
+        **lagged,
+    }
 
 
 def batch(size: int = 3) -> dict:
@@ -148,7 +227,8 @@ def batch(size: int = 3) -> dict:
     x0 = torch.randn(size, 2, 3, 4, generator=made, dtype=torch.float64)
     cond = torch.randn(size, 2, 3, generator=made, dtype=torch.float64)
     null = torch.zeros(1, 2, 3, dtype=torch.float64)
-    return {"x0": x0, "cond": cond, "null": null, "step": torch.tensor(7)}
+    image = torch.randn(size, 2, 3, 4, generator=made, dtype=torch.float64)
+    return {"x0": x0, "cond": cond, "null": null, "step": torch.tensor(7), "image": image}
 
 
 def draws(size: int = 3) -> Draws:

@@ -5,8 +5,19 @@ import sys
 
 import pytest
 import torch
-from objectives import ALL, DDPM, LINEAR, OTHERS, PAIRS, ZERO, Tiny, batch, declared, draws
-from torch import nn
+from objectives import (
+    ALL,
+    DDPM,
+    LINEAR,
+    METHODS,
+    OTHERS,
+    PAIRS,
+    ZERO,
+    batch,
+    declared,
+    draws,
+    nets,
+)
 
 from difftrain.compiler.interpret import interpret
 from difftrain.compiler.printing import arguments, assignment, imports, returned
@@ -15,28 +26,35 @@ from difftrain.compiler.program import compile_quantities
 WANTED = ("loss", "xt", "target", "pred")
 
 
-def gradient(values: dict, net: nn.Module) -> torch.Tensor:
-    (found,) = torch.autograd.grad(values["loss"].mean(), net.weight)
-    return found
+def gradient(values: dict, modules: dict) -> torch.Tensor:
+    """The gradient of everything that is trained; 0 for what the loss does not read."""
+    trained = [modules[n].weight for n in ("student", "logvar", "project")]
+    loss = values["loss"].mean()
+    found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.reshape(-1) for g in found])
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_emitted_function_is_the_graph_as_derived(name):
     """Values and gradients in float64, at every process, prediction and strategy."""
     program = compile_quantities(declared(ALL[name]), WANTED)
-    given, net = batch(), Tiny()
-    nets = {"student": net}
-    oracle = interpret(program.derived, given, draws(), nets)
-    values = program.compute(given, draws(), nets, program.tables("cpu", torch.float64))
+    given, modules = batch(), nets()
+    oracle = interpret(program.derived, given, draws(), modules)
+    values = program.compute(given, draws(), modules, program.tables("cpu", torch.float64))
     for wanted in WANTED:
         torch.testing.assert_close(values[wanted], oracle[wanted], rtol=1e-12, atol=1e-12)
-    slopes = gradient(values, net), gradient(oracle, net)
+    slopes = gradient(values, modules), gradient(oracle, modules)
+    assert slopes[0].abs().max() > 0
     torch.testing.assert_close(*slopes, rtol=1e-11, atol=1e-12)
 
 
 # ---- how it is written
 
-READ = [*OTHERS, *(f"{p}-v_prediction-{s}" for p in ("zero", "arc") for s in ("dream+min_snr", ""))]
+READ = [
+    *OTHERS,
+    *METHODS,
+    *(f"{p}-v_prediction-{s}" for p in ("zero", "arc") for s in ("dream+min_snr", "")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +220,13 @@ TRACED = {
         "linear-earlier",
         "linear-jumps_dropped",
         "wrapped",
+        "mean-flow-guided",
+        "scd",
+        "ict",
+        "lcm",
+        "repa",
+        "self-condition",
+        "levels",
     )
 }
 
@@ -209,11 +234,11 @@ TRACED = {
 def lowered(body: str, backend: str, tolerance: float) -> None:
     """Asserts that the compiled function gives what the plain one does, gradients included."""
     program = compile_quantities(declared(body), ("loss", "xt"))
-    given, net, tables = batch(), Tiny(), program.tables("cpu", torch.float64)
+    given, modules, tables = batch(), nets(), program.tables("cpu", torch.float64)
 
     def values(compute):
-        found = compute(given, draws(), {"student": net}, tables)
-        return found["loss"], found["xt"], gradient(found, net)
+        found = compute(given, draws(), modules, tables)
+        return found["loss"], found["xt"], gradient(found, modules)
 
     torch._dynamo.reset()
     compiled = torch.compile(program.compute, fullgraph=True, backend=backend)

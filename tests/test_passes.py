@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from objectives import ALL, LINEAR, ZERO, Tiny, batch, declared, draws
+from objectives import ALL, LINEAR, ZERO, Tiny, batch, declared, draws, nets
 
 from difftrain.compiler.interpret import interpret
 from difftrain.compiler.program import compile_quantities
@@ -22,7 +22,7 @@ def near(before: dict, after: dict, tolerance: float = 1e-12):
 @pytest.mark.parametrize("name", ALL)
 def test_every_pass_keeps_every_value(name):
     graph = build(declared(ALL[name]), WANTED)
-    given, net = batch(), {"student": Tiny()}
+    given, net = batch(), nets()
     before = interpret(graph, given, draws(), net)
     for change in PASSES:
         graph = change(graph)
@@ -149,7 +149,7 @@ def test_tables_are_computed_outside_the_step():
 def test_a_table_of_a_redefined_index_is_looked_up_too():
     body = f"{ZERO}\nprediction_type = v_prediction\nt' = floor(t / 2)\nfit' = snr * fit"
     graph = passed(body)
-    given, net = batch(), {"student": Tiny()}
+    given, net = batch(), nets()
     before = interpret(build(declared(body), ("loss",)), given, draws(), net)
     near(before, interpret(graph, given, draws(), net))
 

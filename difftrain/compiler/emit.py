@@ -221,7 +221,7 @@ class Writer:
             case "inverse":
                 return _call("solved", self.functions[node], *args[-3:])
             case "neg":
-                return Text(f"-{args[0].within(RANK['neg'])}", RANK["neg"])
+                return Text(f"-{args[0].within(RANK['pow'] + 1)}", RANK["neg"])
             case "where" if data["kind"] == "condition":
                 return _call("rows", *args)
             case _ if op in INFIX:

@@ -132,7 +132,8 @@ def _is_whole(graph: Graph, node: int) -> bool:
     if graph[node]["op"] == "draw":
         return attrs["law"] in WHOLE
     law = graph.laws.get(attrs["name"])
-    return law is not None and law.op == "draw" and law["law"] in WHOLE
+    of_law = law is not None and law.op == "draw" and law["law"] in WHOLE
+    return of_law or attrs["name"] == "step"
 
 
 def dedupe(graph: Graph) -> Graph:
