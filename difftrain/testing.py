@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 
+from difftrain.compiler.report import Point, Report
 from difftrain.language.finding import SpecError
 from difftrain.language.spec import Spec
 
@@ -13,7 +14,7 @@ from difftrain.language.spec import Spec
 class ConformanceError(AssertionError):
     """An objective does not conform; `report` holds every point."""
 
-    def __init__(self, report):
+    def __init__(self, report: Report):
         self.report = report
         broken = "".join(f"\n  {p.name}: {p.said}" for p in report.broken)
         super().__init__(f"objective `{report.objective}` does not conform{broken}")
@@ -28,7 +29,7 @@ def check(
     shapes: Iterable[tuple[int, ...]] | None = None,
     cond=None,
     null=None,
-):
+) -> Report:
     """The report of the objective `name` of a `.diff` file: every point, and what was left out.
 
     Without a `network` a small one is made, and so is each module that the objective reads and
@@ -36,7 +37,7 @@ def check(
     sample, such as `[(4, 8, 8)]` where the network takes no others; `cond` and `null` are a
     condition and the empty one, a row each. Raises ConformanceError if a point does not hold.
     """
-    from difftrain.compiler.conformance import SHAPES, Point, Report, conform
+    from difftrain.compiler.conformance import SHAPES, conform
 
     try:
         subject = _subject(path, name, network, modules, cond, null)
@@ -67,4 +68,4 @@ def _subject(path, name, network, modules, cond, null):
     return Subject(Objective(declared, network, modules), cond, null)
 
 
-__all__ = ["ConformanceError", "check"]
+__all__ = ["ConformanceError", "Point", "Report", "check"]

@@ -43,15 +43,13 @@ def outcomes(report) -> dict[str, str]:
 # ---- what conforms
 
 FAMILIES = [
-    *(f"{p}-v_prediction-dream+min_snr" for p in ("ddpm", "zero")),
-    *("cosine-epsilon-p2", "cosine-sample-p2+drop_condition", "zero-sample-offset_noise+dream"),
-    *("ddpm-epsilon-", "ddpm-halves-dream", "ddpm-leaning-gentle", "zero-v_prediction-"),
-    *("linear-flow-", "linear-flow-nudge+gentle", "linear-epsilon-input_perturbation+min_snr"),
+    *("ddpm-v_prediction-dream+min_snr", "cosine-sample-p2+drop_condition", "ddpm-halves-dream"),
+    *("zero-v_prediction-dream+min_snr", "zero-sample-offset_noise+dream", "ddpm-epsilon-"),
+    *("linear-flow-nudge+gentle", "linear-epsilon-input_perturbation+min_snr", "linear-flow-"),
     *("linear-halves-min_snr", "arc-flow-offset_noise+dream", "exploding-flow-p2+drop_condition"),
-    *("linear-huber", "ddpm-two_terms", "ddpm-divided", "linear-summed", "linear-scaled"),
-    *("ddpm-pseudo_huber", "linear-adaptive", "linear-shifted", "linear-by_size"),
-    *("linear-earlier", "linear-mode", "linear-primed_input", "linear-derivative"),
-    *("linear-jumps_dropped", "growing", "growing-flow", "wrapped", "wrapped-linear"),
+    *("linear-huber", "linear-pseudo_huber", "ddpm-two_terms", "linear-scaled", "linear-adaptive"),
+    *("linear-shifted", "linear-by_size", "linear-earlier", "linear-primed_input"),
+    *("linear-derivative", "linear-jumps_dropped", "growing-flow", "wrapped-linear"),
 ]
 OWN_BODIES = {name: ALL[name] for name in FAMILIES}
 LIBRARY = {

@@ -7,7 +7,6 @@ where it does not hold, and `LeftOut` where it says nothing about this objective
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from difftrain.compiler.interpret import interpret
 from difftrain.compiler.objective import OPTIONAL
+from difftrain.compiler.report import Broken, LeftOut, Point, Report
 from difftrain.compiler.subject import ROWS, SEED, STEP, Subject, draws, inputs
 from difftrain.graph.passes import prune
 from difftrain.language.finding import SpecError
@@ -26,45 +26,6 @@ SHAPES = ((1, 2, 2), (2, 3, 4), (2, 8))  # of one sample: two pictures and a sig
 WHOLE = ("eps", "xt", "output", "pred", "target")  # shaped like the data, no axis of 1
 COMPARED = ("loss", "xt", "target", "pred")
 DIFFERENCE = 1e-6
-
-
-class Broken(Exception):
-    """A point does not hold; the message says in what."""
-
-
-class LeftOut(Exception):
-    """A point that says nothing about an objective; the message says why."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of a report: it "holds", is "broken", or was "left out"."""
-
-    name: str
-    outcome: str
-    said: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.outcome:9} {self.name}" + (f": {self.said}" if self.said else "")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was checked of one objective."""
-
-    objective: str
-    points: tuple[Point, ...]
-
-    @property
-    def broken(self) -> tuple[Point, ...]:
-        return tuple(p for p in self.points if p.outcome == "broken")
-
-    @property
-    def left_out(self) -> tuple[Point, ...]:
-        return tuple(p for p in self.points if p.outcome == "left out")
-
-    def __str__(self) -> str:
-        return "\n".join([f"objective `{self.objective}`", *map(str, self.points)])
 
 
 def _row(given: Mapping, row: int) -> dict:
@@ -115,23 +76,22 @@ def drawn(subject: Subject, given: Mapping) -> None:
     names = [n for n in subject.terms if n in versions and versions[n][0].form == "~"]
     if not names:
         raise LeftOut("nothing is drawn")
-    wanted = [f"{n}@0" for n in names] + ["loss"]
-    once = subject.evaluate(given, wanted)
-    for name, value in subject.evaluate(given, wanted).items():
-        if _gap(value, once[name]) > 0:
-            raise Broken(f"`{name}` differs between two runs of one seed, step and index")
-    noise = [n for n in names if subject.terms[n].kind == "field" and f"{n}@0" in once]
+    for wanted in (COMPARED, [f"{n}@0" for n in names]):
+        once, again = (subject.evaluate(given, wanted) for _ in range(2))
+        if other := [n for n in wanted if _gap(once[n], again[n]) > 0]:
+            raise Broken(f"`{other[0]}` differs between two runs of one seed, step and index")
+    noise = [f"{n}@0" for n in names if subject.terms[n].kind == "field"]
     for key in ({"seed": SEED + 1}, {"step": STEP + 1}, {"index": torch.arange(ROWS) + 9}):
-        other = subject.evaluate(given, [f"{n}@0" for n in noise], **key)
-        if same := [n for n in noise if _gap(other[f"{n}@0"], once[f"{n}@0"]) < 1e-3]:
+        other = subject.evaluate(given, wanted, **key)
+        if same := [n for n in noise if _gap(other[n], once[n]) < 1e-3]:
             raise Broken(f"`{same[0]}` is the same for another {next(iter(key))}")
 
 
 def alone(subject: Subject, given: Mapping) -> None:
-    whole = subject.evaluate(given, ("loss", "pred", "xt"))
+    whole = subject.evaluate(given, COMPARED)
     for row in range(ROWS):
         index = torch.tensor([row])
-        part = subject.evaluate(_row(given, row), tuple(whole), index=index)
+        part = subject.evaluate(_row(given, row), COMPARED, index=index)
         for name, value in part.items():
             if _gap(value, whole[name][row : row + 1]) > 1e-9:
                 raise Broken(f"`{name}` of a sample depends on the batch that it is in")
@@ -141,11 +101,10 @@ def alone(subject: Subject, given: Mapping) -> None:
 
 
 def compiled(subject: Subject, given: Mapping) -> None:
-    wanted = [n for n in COMPARED if n in subject.terms]
     plain, quick = (
-        _pair(subject, given, wanted, how) for how in (subject.run, partial(_interpreted, subject))
+        _pair(subject, given, how) for how in (subject.run, partial(_interpreted, subject))
     )
-    for name in wanted:
+    for name in COMPARED:
         gap = _gap(plain[0][name], quick[0][name])
         if gap > 1e-9:
             raise Broken(f"`{name}` differs from its equations by {gap:.1e}")
@@ -159,9 +118,9 @@ def _interpreted(subject: Subject, given: Mapping, wanted: Iterable[str]) -> dic
     return interpret(graph, inputs(given), draws(given), subject.objective.nets)
 
 
-def _pair(subject: Subject, given: Mapping, wanted, how: Callable) -> tuple[dict, list[Tensor]]:
+def _pair(subject: Subject, given: Mapping, how: Callable) -> tuple[dict, list[Tensor]]:
     """Values, and the gradients of the mean loss."""
-    values = how(given, wanted)
+    values = how(given, COMPARED)
     return values, _gradient(values["loss"], subject.trained)
 
 
