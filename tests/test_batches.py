@@ -292,6 +292,14 @@ def data(request, photos):
     return stream(pictures, letters, 8, length=4)
 
 
+def test_pictures_come_beside_latents_where_they_are_kept(photos):
+    pictures = open_source("folder", photos)
+    kept = prepare(pictures, Unshuffle(), letters, 8, length=4, images=True)
+    batch = Batches(kept, seed=0, batch_size=4).at(2)
+    assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (4, 3, 8, 8)
+    assert torch.equal(Unshuffle()(signed(batch["image"])), batch["latents"])
+
+
 def first(batches, steps):
     return [batch for batch, _ in zip(batches, range(steps), strict=False)]
 

@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from difftrain.training.arrays import open_arrays
 from difftrain.training.latents import images, prepare, signed, stream
 from difftrain.training.sources import DataError, open_source
 
@@ -75,6 +76,22 @@ def test_latents_are_the_codecs_of_every_picture_in_order(photos, encoded):
     found, calls, said = encoded(batch=2)
     assert torch.equal(found, torch.nn.functional.pixel_unshuffle(signed(whole), 2))
     assert (found.dtype, found.requires_grad, calls, said) == (torch.float32, False, 3, [])
+
+
+def test_pictures_are_kept_where_a_step_reads_them(photos):
+    pictures = open_source("folder", photos)
+    found = prepare(pictures, Unshuffle(), letters, 8, batch=2, images=True)
+    whole = torch.stack([pictures.image(row, 8) for row in range(5)])
+    assert torch.equal(found.images, whole) and found.images.dtype == torch.uint8
+    assert prepare(pictures, Unshuffle(), letters, 8).images is None
+
+
+def test_arrays_go_through_the_codec_as_they_are(tmp_path):
+    x = np.random.default_rng(0).normal(size=(5, 3, 4, 4)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x)
+    found = prepare(open_arrays(tmp_path / "data.npz"), Unshuffle(2.0), None, 8, batch=2)
+    expected = 2 * torch.nn.functional.pixel_unshuffle(torch.from_numpy(x), 2)
+    assert torch.equal(found.latents, expected) and found.tokens is None
 
 
 def test_signed_runs_from_minus_one_to_one():

@@ -140,6 +140,22 @@ def test_caption_files_stand_beside_their_pictures(tmp_path):
     ]
 
 
+def test_the_folder_of_a_picture_is_its_label(tmp_path):
+    for file in ("train/cats/a.png", "train/dogs/b.png", "test/cats/c.png"):
+        paint(tmp_path / file)
+    seen = open_source("folder", tmp_path, caption="label")
+    assert [record.caption for record in seen.records] == ["cats", "dogs"]
+    paint(tmp_path / "train/d.png")
+    with fails("`train/d.png` in `", "has no `label`: put it into a folder of that name"):
+        open_source("folder", tmp_path, caption="label")
+
+
+def test_numbers_are_their_digits(photos):
+    lines = [{"file_name": f"images/{n}.png", "n": k} for k, n in enumerate("abc")]
+    found = open_source("folder", photos(*lines), caption="n")
+    assert [record.caption for record in found.records] == ["0", "1", "2"]
+
+
 def test_pictures_without_text_need_no_caption(tmp_path):
     paint(tmp_path / "one.png")
     assert open_source("folder", tmp_path, caption="").records[0].captions == ("",)

@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -129,22 +129,18 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     spec = bundle.read(settings)
     objective = spec.objective()
     options = {kind: block(spec, kind) for kind in ("data", "train", "sample")}
-    train, size = options["train"], options["data"]["size"]
-    device = lowering.device(train["device"])
+    train, device = options["train"], lowering.device(options["train"]["device"])
     _possible(bundle, train, options["sample"], device)
     folder, checkpoint = place(bundle, resume or train["resume_from"], out)
-    read = condition_field(objective)
-    seen = opened(options["data"], "train", read, data)
-    unseen = held_out(options["data"], read, data)
+    condition = condition_field(objective)
+    seen = opened(options["data"], "train", condition, data)
+    unseen = held_out(options["data"], condition, data)
     known = _known(bundle, objective, train, checkpoint, seen, unseen)
-    parts = build_parts(objective, known, train["seed"], device, size=size)
+    parts = build_parts(objective, known, train["seed"], device, size=options["data"]["size"])
     if parts.text is not None:
         parts.text.ids(options["sample"]["prompts"])  # unknown words are told now, not at the end
     begin(objective, parts, train, bool(checkpoint), say)
-    prepare = partial(
-        encoded, parts=parts, size=size, cache=folder.parent / ".latents", device=device, say=say,
-        images=step_inputs(objective).image,
-    )  # fmt: skip
+    prepare = _preparing(objective, parts, options["data"], folder, device)
     prepared, other = prepare(seen), prepare(unseen) if unseen else None
     try_out(objective, parts, prepared, bundle.manifest["time"][0] == "index")
     steps = steps if steps is not None else train["steps"]
@@ -157,6 +153,14 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
         bundle, folder, options["data"], train, options["sample"], parts, made, prepared, other,
         current, steps, started,
     )  # fmt: skip
+
+
+def _preparing(objective: Objective, parts: Parts, data: Run, folder: Path, device) -> Callable:
+    """What makes a data set ready for the step."""
+    cache, images = folder.parent / ".latents", step_inputs(objective).image
+    return partial(
+        encoded, parts=parts, size=data["size"], cache=cache, device=device, say=say, images=images
+    )
 
 
 def _possible(bundle: Bundle, train: Run, sample: Run, device: torch.device) -> None:
