@@ -74,7 +74,14 @@ class Vision(nn.Module):
 def efficientnet_lite0(*, stage: int = 4, grid: Sequence[int]) -> Vision:
     """EfficientNet-Lite0, trained on ImageNet, up to its last layer of stride 2^stage.
 
-    Stage 3 gives 40 channels, 4 gives 112, 5 the 1280 that its classifier pools.
+    Stage 3 gives 40 channels, 4 gives 112, 5 the 1280 that its classifier pools. On emoji64, how
+    often the nearest picture in another style shows the same thing (tokens averaged), and the mean
+    cosine between the tokens of one picture:
+
+        stage   4 x 4 tokens   8 x 8 tokens   cosine, 4 x 4
+        3       0.747          0.646          0.28
+        4       0.712          0.755          0.32
+        5       0.730                         0.67
     """
     network, width = _lite0(stage)
     with as_file(files(PACKAGE).joinpath(FILE)) as file:

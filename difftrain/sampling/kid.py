@@ -1,7 +1,16 @@
 """How far one set of pictures is from another: the kernel distance of arXiv:1801.01401, with error.
 
 The features are EfficientNet-Lite0's instead of Inception's, so values compare with others made
-here, at the same side, and with no published ones. Pictures are [N, 3, H, W] in [-1, 1].
+here, at the same side, and with no published ones. Pictures are [N, 3, H, W] in [-1, 1]. Distances
+over their errors, of 500 changed pictures of emoji64 to 600 others as they are, by the side that
+the encoder sees:
+
+    side   through the codec   a little blurred   upside down   one style   noise
+    64     4.8                 7.7                2.1           4.4         34
+    96     6.6                 10.7               3.2           5.0         44
+    128    7.9                 10.7               3.4           5.1         58
+
+192 tells damage apart better by a quarter and content no better, at 2.25 times the cost.
 """
 
 from __future__ import annotations
@@ -14,7 +23,7 @@ from torch import Tensor
 from difftrain.models.vision import efficientnet_lite0
 
 STRIDE = 32  # pixels a token where the encoder ends
-SIDE = 128  # see the table of tests/test_kid.py
+SIDE = 128
 SUBSETS = 100
 Estimate = tuple[float, float]  # a value and its standard error, or deviation over subsets
 
