@@ -71,8 +71,8 @@ class Derivation:
         With xt among them nothing is trained, and no condition is dropped."""
         inputs = {n: leaf("input", self._kind(n), name=n) for n in names}
         calm = {"dropped": const(False), "dropout": const(False)} if "xt" in inputs else {}
-        if calm and "r" in self.equations.versions and "t" in inputs:
-            calm["r"] = inputs["t"]  # an estimate is one of this moment
+        if calm and "r" in self.equations.versions:
+            calm["r"] = inputs.get("t", inputs.get("time"))  # an estimate is one of this moment
         self.home = HERE.swap({**calm, **inputs})
 
     def read(self, name: str, world: World | None = None, at: Expr | None = None) -> Term:

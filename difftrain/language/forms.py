@@ -16,6 +16,7 @@ from difftrain.language.inverse import solved
 from difftrain.language.numbers import between, draws, support
 from difftrain.language.numbers import value as number_of
 from difftrain.language.part import Interface
+from difftrain.language.scope import Equations
 from difftrain.language.term import Term, const, leaf, make, rebuild
 from difftrain.language.tree import Call
 from difftrain.language.worlds import ALL, Frame, Problem
@@ -45,16 +46,16 @@ def _again(self: Derivation, expr: Call, frame: Frame) -> Term:
     return rebuild(law, fresh)
 
 
-def clock(self: Derivation) -> str:
+def clock(equations: Equations) -> str:
     """What moves along the path: `time`, where a process counts it apart from `t`, or `t`."""
-    (first, *_) = self.equations.versions.get("time", (None,))
+    (first, *_) = equations.versions.get("time", (None,))
     return "t" if first is None or getattr(first.value, "path", ()) == ("t",) else "time"
 
 
 def _dot(self: Derivation, expr: Call, frame: Frame) -> Term:
     """`dot(e)`: the derivative in time, nothing else moving."""
     argument = self.only(expr)
-    name = clock(self)
+    name = clock(self.equations)
     now = self.read(name, frame.world, expr)
     moving = leaf("variable", "sample", name="t")
     inner = Frame(frame.scope, frame.env, frame.world.swap({name: moving}))
@@ -78,7 +79,7 @@ def _ddt(self: Derivation, expr: Call, frame: Frame) -> Term:
     """`ddt(e)`: forward-mode derivative of e, time moving with 1 and xt with `flow`."""
     argument = self.only(expr)
     self.depth += 1
-    names = (clock(self), "xt")
+    names = (clock(self.equations), "xt")
     at = [self.read(n, frame.world, expr) for n in names]
     titles = ("t", "xt")
     moving = [
@@ -153,7 +154,7 @@ def _inverse(self: Derivation, expr: Call, frame: Frame) -> Term:
     """`inverse(q, v)`: the time at which q, a monotone quantity of the process, is v."""
     quantity, wanted = expr.args
     value = self.number(wanted.value, frame)
-    if clock(self) != "t":
+    if clock(self.equations) != "t":
         text = f"`{quantity.span.text}` of an index has no inverse"
         hint = "put the law on `t`, the index, or use the process without its grid"
         raise Problem(Finding("DIF215", text, Label(expr.span), help=hint))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difftrain.language.forms import clock
 from difftrain.language.numbers import draws, support, value
 from difftrain.language.spec import Objective
 from difftrain.language.term import Term, walk
@@ -9,8 +10,9 @@ from difftrain.language.worlds import HERE, Frame
 
 
 def horizon(objective: Objective) -> tuple[str, float, float]:
-    """("index", 0, N) for a table of N levels; else ("real", low, high), the ends of the law of t,
-    or ("open", low, high) where the process's own law thins out towards `high`.
+    """("index", 0, N) for a table of N levels; else ("real", low, high), the ends of the law of t
+    (of `time`, on a grid of times), or ("open", low, high) where the process's own law thins out
+    towards `high`.
 
     A process says by its own law where it is defined: up to the end where that is bounded, only
     near it where it has a tail (the draw below it is a normal one).
@@ -18,6 +20,9 @@ def horizon(objective: Objective) -> tuple[str, float, float]:
     tables = [t.args[0] for t in walk(objective.quantity("alpha")) if t.op == "pick"]
     if tables:
         return "index", 0, len(value(tables[0], {}))
+    if clock(objective.equations) == "time":
+        grid = support(objective.quantity("time"))
+        return "real", 0.0, grid.high
     law = own_law(objective)
     ends = support(law)
     if any(draw["law"] == "normal" for draw in draws(law)):

@@ -26,7 +26,7 @@ GIVEN = ("x0", "cond", "null", "step", "image", "tap", "metadata")
 OPEN = ("t", "alpha", "sigma", "target", "r")
 NETS = ("student", "teacher")
 DERIVED = ("row_a", "row_b")
-REMARKS = ("needs", "help", "lacks", "because")  # what a block says about its use
+REMARKS = ("needs", "help", "lacks", "because", "guided")  # what a block says about its use
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +92,7 @@ class Equations:
     needs: list[Need] = field(default_factory=list)
     replaced: list[Equation] = field(default_factory=list)  # restated by a later layer
     lacks: dict[str, Lack] = field(default_factory=dict)  # estimate -> who takes its meaning
+    guided: dict[str, tuple[Expr, Scope]] = field(default_factory=dict)  # block -> its own guidance
 
     def base(self, equation: Equation) -> None:
         earlier = self.versions.get(equation.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Levels:
         return torch.func.jvp(lambda t: (self.alpha(t), self.sigma(t)), (t,), (ones,))[1]
 
     def _level(self, name: str, t: Tensor) -> Tensor:
-        inputs = {"t": t, "step": torch.zeros(())}
+        inputs = {"t": t, "time": t, "step": torch.zeros(())}
         value = self.level(inputs, _draws(torch.arange(len(t), device=t.device)), {}, self.tables)
         dtype = t.dtype if t.is_floating_point() else torch.float32
         return (
@@ -60,6 +60,7 @@ class Sampler(Levels):
     cond: Tensor | None = None
     null: Tensor | None = None
     guidance: float = 1.0
+    given: Mapping[str, float] = field(default_factory=dict)  # further inputs of the network
 
     def estimates(self, x: Tensor, t: Tensor) -> Pair:
         """(x0_hat, eps_hat) at x [B, ...] and t [B], guided."""
@@ -84,7 +85,9 @@ class Sampler(Levels):
         return guided(at, self.cond, self.null, self.guidance)(x, t)
 
     def _both(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Pair:
-        inputs = {"xt": x, "t": t, "r": r, "cond": cond, "null": None, "step": torch.zeros(())}
+        inputs = {"xt": x, "t": t, "time": t, "r": r, "cond": cond, "null": None}
+        inputs |= {name: torch.full_like(t, value) for name, value in self.given.items()}
+        inputs["step"] = torch.zeros(())
         draws = _draws(self.index.repeat(len(t) // len(self.index)))
         values = self.estimate(inputs, draws, self.nets, self.estimate_tables)
         return values["x0_hat"], values["eps_hat"]

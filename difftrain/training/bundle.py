@@ -30,7 +30,10 @@ from difftrain.graph.build import build
 from difftrain.graph.passes import run as run_passes
 from difftrain.language.adopt import written_out
 from difftrain.language.format import format_text
+from difftrain.language.forms import clock
+from difftrain.language.guidance import own_guidance
 from difftrain.language.horizon import horizon
+from difftrain.language.meaning import gaussian
 from difftrain.language.numbers import draws
 from difftrain.language.options import Run, defaults
 from difftrain.language.part import Part
@@ -39,9 +42,9 @@ from difftrain.language.tree import Source
 from difftrain.training import own
 
 ESTIMATES = ("x0_hat", "eps_hat")
-MOMENT = ("xt", "t", "r")  # what a solver decides, as far as an objective has it
 ARRAYS = "arrays"  # the source of what is no picture
 LEVELS = ("alpha", "sigma", "row_a")
+NOISE = "eps@0"  # as drawn: what a strategy adds to it is for training alone
 RUNTIME = {  # what may be set without compiling again
     "data": ("source", "size", "batch", "captions"),
     "train": (
@@ -116,9 +119,9 @@ def compile_source(source: Source, settings: Mapping[str, str] | None = None) ->
     spec = checked(source, settings)
     objective = spec.objective()
     step = emit_step(objective, recipe(spec), step_inputs(objective))
-    moment = [n for n in MOMENT if n in objective.equations.versions]
-    estimates = run_passes(build(objective, ESTIMATES, fixed=moment))
-    levels = run_passes(build(objective, LEVELS, fixed=("t",)))
+    time = clock(objective.equations)
+    estimates = run_passes(build(objective, ESTIMATES, fixed=moment(objective)))
+    levels = run_passes(build(objective, LEVELS, fixed=(time,)))
     texts = {
         SPEC: format_text(written_out(source)),
         **imported(spec.names, Path(source.path).parent),
@@ -128,8 +131,18 @@ def compile_source(source: Source, settings: Mapping[str, str] | None = None) ->
         "levels.py": emit(levels, f"The levels of `{objective.name}` at t."),
         "graph.txt": f"{step.derived}\n\nafter the passes\n\n{step.graph}\n",
     }
+    if not gaussian(objective):
+        noise = run_passes(build(objective, (NOISE,)))
+        texts["noise.py"] = emit(noise, f"The law of the noise of `{objective.name}`.")
     manifest = describe(spec, objective, texts)
     return Bundle({**texts, MANIFEST: json.dumps(manifest, indent=2) + "\n"})
+
+
+def moment(objective: Objective) -> list[str]:
+    """What a solver decides: xt, the time, the earlier one where there is one, and the guidance
+    that the network is given."""
+    later = ["r"] if "r" in objective.equations.versions else []
+    return ["xt", clock(objective.equations), *later, *own_guidance(objective)]
 
 
 def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
@@ -151,6 +164,7 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
         "shapes": {"batch": data["batch"], **picture_shape(data)},
         "streams": [d["name"] for d in draws(loss)],
         "time": horizon(objective),
+        "guidance": own_guidance(objective),
     }
 
 

@@ -33,11 +33,13 @@ class Programs:
     estimates: object
     levels: object
     tables: Mapping[str, Mapping[str, Tensor]]
+    noise: object = None  # the noise's own law, where it is not standard normal
 
 
 def programs(bundle: Bundle, device) -> Programs:
     """Loads the emitted sources; tables are computed in float64 and kept in fp32."""
-    modules = {n: bundle.module(f"{n}.py") for n in ("step", "estimates", "levels")}
+    names = ("step", "estimates", "levels", *["noise"] * ("noise.py" in bundle.texts))
+    modules = {n: bundle.module(f"{n}.py") for n in names}
     tables = {
         name: {k: v.to(device, torch.float32) for k, v in module.tables().items()}
         for name, module in modules.items()
@@ -67,17 +69,28 @@ def sample(
     grid = grids.grid(tuple(bundle.manifest["time"]), solver.options, levels)
     walk = partial(getattr(solvers, solver.module), **own_options(solver))
     estimate = made.estimates.compute, made.tables["estimates"], nets
+    law = made.noise and partial(_noise, made.noise.compute)
+    guidance, given = own_guidance(bundle, options["guidance"])
     drawn = []
     for index in torch.arange(len(prompts), device=weights.device).split(TOGETHER):
         told = conditions(parts, nets, [prompts[i] for i in index.tolist()])
-        model = Sampler(
-            levels.level, levels.tables, *estimate, index, *told, guidance=options["guidance"]
-        )
-        draws = solvers.Draws(options["seed"], index)
+        model = Sampler(levels.level, levels.tables, *estimate, index, *told, guidance, given)
+        draws = solvers.Draws(options["seed"], index, law)
         like = torch.zeros(len(index), *parts.codec.shape(size), device=weights.device)
         x = walk(model, solvers.start(model, like, grid, draws), grid, draws)
         drawn.append(parts.codec.decode(x).cpu())
     return torch.cat(drawn)
+
+
+def _noise(compute: Callable, like: Tensor, draws: Draws) -> Tensor:
+    """Noise [B, ...] of the objective's own law."""
+    return compute({"x0": like}, draws, {}, {})["eps@0"]
+
+
+def own_guidance(bundle: Bundle, scale: float) -> tuple[float, dict[str, float]]:
+    """The guidance that a solver applies, and the inputs of a network that has it inside."""
+    inside = {n: a * scale + b for n, (a, b) in bundle.manifest["guidance"].items()}
+    return (1.0 if inside else scale), inside
 
 
 def own_options(solver: Part) -> dict[str, object]:
@@ -168,7 +181,7 @@ def _mean_network(made: Programs, parts: Parts, student: Callable, mean: Tensor)
     tapped = hasattr(parts.modules["student"], "tap_width")
 
     def network(x: Tensor, t: Tensor, cond=None, **extra):
-        inputs = {"t": t, "step": torch.zeros((), device=x.device)}
+        inputs = {"t": t, "time": t, "step": torch.zeros((), device=x.device)}
         values = made.levels.compute(inputs, None, {}, made.tables["levels"])
         share = torch.as_tensor(values["row_a"], device=x.device).expand(len(x))
         guess = share.reshape(-1, *(1,) * (x.dim() - 1)) * mean + torch.zeros_like(x)
