@@ -102,8 +102,8 @@ def add_statements(equations, statements, scope, found, layer, use=None) -> None
         why = remarks["because"].value if isinstance(remarks.get("because"), Text) else ""
         for item in remarks["lacks"].items:
             equations.lacks[item.dotted] = Lack(use.definition.name, why)
-    if use is not None and "guided" in remarks:
-        equations.guided[use.label] = (remarks["guided"], scope)
+    if use is not None and "has_guidance" in remarks:
+        equations.guided[use.label] = (remarks["has_guidance"], scope)
     for node in statements:
         if use is not None and isinstance(node, Define) and node.name in REMARKS:
             continue

@@ -26,7 +26,7 @@ GIVEN = ("x0", "cond", "null", "step", "image", "tap", "metadata")
 OPEN = ("t", "alpha", "sigma", "target", "r")
 NETS = ("student", "teacher")
 DERIVED = ("row_a", "row_b")
-REMARKS = ("needs", "help", "lacks", "because", "guided")  # what a block says about its use
+REMARKS = ("needs", "help", "lacks", "because", "has_guidance")  # what a block says about its use
 
 
 @dataclass(frozen=True, eq=False)

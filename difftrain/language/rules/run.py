@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difftrain.language.finding import Finding, Label, SpecError
+from difftrain.language.guidance import own_guidance
 from difftrain.language.meaning import lacking
 from difftrain.language.names import Names, is_shipped
 from difftrain.language.numbers import value
@@ -42,6 +43,8 @@ def guidance(case: Case, found: list[Finding]) -> None:
     run = case.spec.runs.get("sample")
     scale = run.values.get("guidance") if run else None
     dropped = case.term("dropped")
+    if case.objective.backbone and own_guidance(case.objective):
+        return  # its guidance is inside
     if scale in (None, 1) or dropped is None or not is_const(dropped) or dropped.value:
         return
     trained = case.objective.backbone and case.objective.backbone.part.options.get("weights")
