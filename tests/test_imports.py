@@ -127,13 +127,14 @@ OTHER_MEANINGS = {
     "sample": "a kind of value (one number per sample), a block and a command",
     "score": "a quantity: score_hat",
     "consistency": "English",
+    "discrete": "English: a process that counts steps",
     "mode": "English: the mode of a file or of a module",
 }
 # Files that may say some of them, and why.
 ALLOWED = {
     "models/pretrained.py": ({"epsilon", "v_prediction", "ddpm"}, "foreign scheduler files"),
     "models/tokenizer.py": ({"ve"}, "the ending of `we've`"),
-    "language/values.py": ({"epsilon", "v_prediction", "ddpm"}, "what a foreign name means here"),
+    "language/uses.py": ({"epsilon", "v_prediction", "ddpm"}, "what a foreign name means here"),
 }
 
 

@@ -62,12 +62,12 @@ def leaves_range(quantity: Argument, law: Argument, asked, reached, expr: Call) 
     )
 
 
-def _inward(value: float, direction: int) -> float:
+def _inward(value: float, sign: int) -> float:
     """A number with four digits, not outside an end."""
     if not math.isfinite(value) or value == 0:
         return value
     unit = 10 ** (math.floor(math.log10(abs(value))) - 3)
-    ends = math.ceil if direction > 0 else math.floor
+    ends = math.ceil if sign > 0 else math.floor
     return float(f"{ends(value / unit) * unit:.6g}")
 
 
