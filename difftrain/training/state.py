@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ AVERAGE = "average"
 BUFFERS = ("weights", "first", "second", AVERAGE)
 FROZEN = "frozen/"  # weights that are not trained, and that nothing else holds
 COUNTERS = ("turn", "updates", "calm")
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 SCALE = 2.0**16  # first fp16 loss scale
 
 
@@ -52,7 +54,7 @@ def save(
     state: Mapping[str, Tensor],
     plan: Layout,
     facts: Mapping[str, object],
-    kept: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor] = NOTHING,
 ) -> None:
     """Writes a checkpoint under the modules' names, with frozen weights that are `kept`; it appears
     whole or not at all."""
@@ -106,7 +108,7 @@ def load(
     state: dict[str, Tensor],
     plan: Layout,
     graph_hash: str,
-    kept: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor] = NOTHING,
 ) -> None:
     """Fills the state, and frozen weights that are `kept`, from a checkpoint of the same graph.
     Raises CheckpointError."""
@@ -123,7 +125,7 @@ def load_average(
     weights: Tensor,
     plan: Layout,
     graph_hash: str,
-    kept: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor] = NOTHING,
 ) -> None:
     """Fills weights [P] with the averaged ones of a checkpoint, and those that are `kept`. Raises
     CheckpointError."""
