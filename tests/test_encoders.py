@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -68,6 +69,20 @@ def test_a_small_encoder_is_trained_and_traces_as_one_graph(name):
     torch.testing.assert_close(whole(ids), text(ids))
     text(ids).square().sum().backward()
     assert all(p.grad is not None for p in text.parameters())
+
+
+@every
+def test_a_gradient_needs_no_number_of_the_ids(name):
+    """As when a step is measured: tensors have shapes alone."""
+    text = small(name)
+
+    def total(table):
+        table = {"model." + n: p for n, p in table.items()}
+        return torch.func.functional_call(text, table, torch.zeros(2, 8).long()).sum()
+
+    table = dict(text.model.named_parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert torch.func.grad(total)(table).keys() == table.keys()
 
 
 @every

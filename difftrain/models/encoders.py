@@ -114,7 +114,8 @@ def qwen(
     if not weights:
         if template:
             raise PartError("a random text encoder knows no `template`: leave it out")
-        return _small(_qwen(layers, width, heads, rows(vocabulary)), width, length, vocabulary, END)
+        model = _qwen(layers, width, heads, rows(vocabulary))
+        return _small(model, width, length, vocabulary, END, causal=True)
     tokens = pieces(weights, "tokenizer", after)
     model = frozen(_language(weights), train)
     return TextEncoder(
@@ -123,6 +124,7 @@ def qwen(
         width=model.config.hidden_size,
         length=length,
         padding=tokens.padding,
+        causal=True,
         before=tokens.bare(before) if before else (),
     )
 
@@ -169,7 +171,9 @@ def _sections(half: int) -> list[int]:
     return [half - 2 * side, side, side]
 
 
-def _small(model, width: int, length: int, vocabulary, padding: int | None) -> TextEncoder:
+def _small(
+    model, width: int, length: int, vocabulary, padding: int | None, causal: bool = False
+) -> TextEncoder:
     """A random model that reads the package's own tokens, its table cut to `vocabulary`."""
     return TextEncoder(
         model,
@@ -178,6 +182,7 @@ def _small(model, width: int, length: int, vocabulary, padding: int | None) -> T
         length=length,
         vocabulary=vocabulary,
         padding=padding,
+        causal=causal,
     )
 
 

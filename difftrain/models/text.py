@@ -14,6 +14,7 @@ from difftrain.models.loading import load
 from difftrain.models.tokenizer import END, clip_tokenizer
 
 ALL_TOKENS = 49_408
+HIDDEN = -1e9  # added to the score of a token that is not looked at
 
 
 class TextEncoder(nn.Module):
@@ -21,8 +22,8 @@ class TextEncoder(nn.Module):
 
     `compact` [49408] maps ids to rows of the token table where that was cut to a vocabulary; ids
     outside it read as the end mark, which `check` refuses before they get here. `padding` is the
-    id that the model does not see, and whose states are 0; None: it reads everything. `before`
-    stands in front of every text, and its states are left out.
+    id that the model does not see, and whose states are 0; None: it reads everything. A `causal`
+    model looks only back. `before` stands in front of every text, and its states are left out.
     """
 
     field = "caption"  # of a record of the data
@@ -36,11 +37,12 @@ class TextEncoder(nn.Module):
         length: int = 77,
         vocabulary: Sequence[int] = (),
         padding: int | None = None,
+        causal: bool = False,
         before: Sequence[int] = (),
     ):
         super().__init__()
         self.model, self.tokens = model, tokens
-        self.width, self.length, self.padding = width, length, padding
+        self.width, self.length, self.padding, self.causal = width, length, padding, causal
         self.register_buffer("compact", _compact(vocabulary) if vocabulary else None)
         self.register_buffer("before", torch.tensor([before]) if before else None, persistent=False)
 
@@ -53,12 +55,13 @@ class TextEncoder(nn.Module):
         return self._seeing(ids, seen) * seen[:, :, None]
 
     def _seeing(self, ids: Tensor, seen: Tensor) -> Tensor:
-        if self.before is None:
-            return unwrap(self.model(input_ids=ids, attention_mask=seen.long()))
-        first = self.before.shape[1]
-        ids = torch.cat([self.before.expand(len(ids), -1), ids], dim=1)
-        mask = pad(seen, (first, 0), value=True).long()
-        return unwrap(self.model(input_ids=ids, attention_mask=mask))[:, first:]
+        first = 0 if self.before is None else self.before.shape[1]
+        if first:
+            ids = torch.cat([self.before.expand(len(ids), -1), ids], dim=1)
+            seen = pad(seen, (first, 0), value=True)
+        looks = seen[:, None, None, :].expand(-1, 1, seen.shape[1], -1)
+        hidden = (~(looks.tril() if self.causal else looks)).float() * HIDDEN
+        return unwrap(self.model(input_ids=ids, attention_mask=hidden))[:, first:]
 
     def ids(self, texts: Iterable[str]) -> Tensor:
         """Checked ids [B, length] of texts."""
