@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from difftrain.cli import main
@@ -137,6 +138,21 @@ def test_a_teacher_is_the_average_of_its_run(here, capsys):
     assert main(["sample", "second", "-o", "a.png"]) == 0
 
 
+def test_a_teacher_may_be_another_objective(here):
+    wider = tiny.BACKBONE.replace("[16, 16]", "[16, 32]")
+    here(backbone=wider)
+    first = train(out="first")
+    base = Path("tiny.diff").read_text().partition("objective tiny")[2].partition("\n}\n")[0]
+    here(more=f"  teacher = base\n{TAUGHT}", train='teacher = "first"')
+    spec = Path("tiny.diff").read_text()
+    Path("tiny.diff").write_text(
+        spec.replace("objective tiny", f"objective base{base}\n}}\n\nobjective tiny")
+    )
+    second = train(out="second")
+    name = "average/student.module.mid_block.resnets.0.conv1.weight"
+    assert first[name].shape[0] == 32 and second[name].shape[0] == 16
+
+
 def test_a_taught_run_goes_on_as_it_was(here):
     here()
     train(out="first")
@@ -171,6 +187,17 @@ def test_a_run_begins_from_another(here, capsys):
     assert "begins from first: 95,988 of 95,988 weights\n" in capsys.readouterr().err
     drawn = [Image.open(f"{run}/samples.png").tobytes() for run in ("first", "second")]
     assert drawn[0] == drawn[1]
+
+
+def test_classes_keep_their_ids_from_run_to_run(here):
+    here(**LABELS)
+    train(out="first")
+    table = Path("photos/metadata.jsonl")
+    table.write_text(table.read_text().replace('"cold"', '"warm"'))
+    here(**LABELS, train='start_from = "first"')
+    train(out="second")
+    with safe_open(f"second/{LAST}", framework="pt") as file:
+        assert json.loads(file.metadata()["vocabulary"]) == ["cold", "warm"]
 
 
 def test_what_is_new_is_told(here, capsys):
