@@ -72,6 +72,15 @@ def test_a_small_encoder_is_trained_and_traces_as_one_graph(name):
 
 
 @every
+def test_mixed_precision_trains(name):
+    text = small(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = text(text.ids(CAPTIONS))
+    states.float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in text.parameters())
+
+
+@every
 def test_a_gradient_needs_no_number_of_the_ids(name):
     """As when a step is measured: tensors have shapes alone."""
     text = small(name)

@@ -34,7 +34,9 @@ def t5(
 
     hidden = padding == "hidden"
     if weights:
-        model = frozen(load(T5EncoderModel, weights, _numbered("text_encoder", place)), train)
+        model = frozen(
+            _plain(load(T5EncoderModel, weights, _numbered("text_encoder", place))), train
+        )
         tokens = pieces(weights, _numbered("tokenizer", place))
         seen = tokens.padding if hidden else None
         return TextEncoder(model, tokens, width=model.config.d_model, length=length, padding=seen)
@@ -49,7 +51,15 @@ def t5(
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
     )
-    return _small(T5EncoderModel(config), width, length, vocabulary, END if hidden else None)
+    model = _plain(T5EncoderModel(config))
+    return _small(model, width, length, vocabulary, END if hidden else None)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """The model with attention in plain arithmetic: its positions are a trained part of the scores,
+    and the fused kernels give those no gradient in mixed precision."""
+    model.set_attn_implementation("eager")
+    return model
 
 
 def siglip(
