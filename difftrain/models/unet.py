@@ -1,12 +1,11 @@
-"""Backbones made of diffusers' UNets, and the frame that calls any network alike."""
+"""Backbones made of diffusers' UNets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from difftrain.answer import unwrap
 from difftrain.models.codec import Codec
 from difftrain.models.denoiser import UNet
 from difftrain.models.errors import PartError
@@ -25,21 +24,6 @@ ALONE = {
     "time_embedding_act_fn": None,
     "time_embedding_type": "positional",
 }
-
-
-class Network(nn.Module):
-    """Calls a module as network(x, t, cond, **extra), whatever it answers with.
-
-    x [B, C, h, w], t [B] (an index, or real: it is multiplied by `time_scale` first), cond
-    [B, T, width]; gives [B, C, h, w].
-    """
-
-    def __init__(self, module: nn.Module, time_scale: float = 1.0):
-        super().__init__()
-        self.module, self.time_scale = module, time_scale
-
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, **extra) -> Tensor:
-        return unwrap(self.module(x, t * self.time_scale, cond, **extra))
 
 
 def sd_unet(
