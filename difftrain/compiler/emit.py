@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from difftrain.compiler.interpret import BINDERS, bound, inside_derivatives
-from difftrain.compiler.operations import FUNCTIONS, INFIX, ON_TENSORS
+from difftrain.compiler.operations import CHANNELS, FUNCTIONS, INFIX, ON_TENSORS
 from difftrain.compiler.printing import (
     INDENT,
     WIDTH,
@@ -224,6 +224,9 @@ class Writer:
                 return Text(f"-{args[0].within(RANK['pow'] + 1)}", RANK["neg"])
             case "where" if data["kind"] == "condition":
                 return _call("rows", *args)
+            case "cosine":
+                kind = self.graph[data["args"][0]]["kind"]
+                return _call("cosine", *args, str(CHANNELS[kind]))
             case _ if op in INFIX:
                 return _infix(op, *args)
         return _call(f"torch.{op}" if op in ON_TENSORS else FUNCTIONS[op].__name__, *args)

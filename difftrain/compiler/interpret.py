@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difftrain.compiler.network import apply_module, call_network, call_tapped
-from difftrain.compiler.operations import TORCH, rows, solved
+from difftrain.compiler.operations import CHANNELS, TORCH, rows, solved
 from difftrain.graph.graph import Graph
 
 BINDERS = {"jvp": 2, "inverse": 1}  # operations on a function, with how many variables it has
@@ -79,7 +79,8 @@ def _value(graph, node, values, inputs, draws, nets, inside):
     ]
     if data["op"] not in ("pick", "real"):
         operands = [_real(x, inputs) for x in operands]
-    return TORCH[data["op"]](*operands)
+    axis = (CHANNELS[graph[args[0]]["kind"]],) if data["op"] == "cosine" else ()
+    return TORCH[data["op"]](*operands, *axis)
 
 
 def _real(value, inputs):

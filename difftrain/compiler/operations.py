@@ -47,14 +47,17 @@ def rms(x: Tensor) -> Tensor:
     return x.square().mean(over_sample(x)).sqrt()
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine similarity over channels: the last axis of tokens, axis 1 of data."""
-    return torch.nn.functional.cosine_similarity(a, b, dim=-1 if a.dim() == 3 else 1)
+def cosine(a: Tensor, b: Tensor, axis: int) -> Tensor:
+    """Cosine similarity over the axis of the channels: the last one of tokens, axis 1 of data."""
+    return torch.nn.functional.cosine_similarity(a, b, dim=axis)
+
+
+CHANNELS = {"tokens": -1, "field": 1}  # the axis of the channels
 
 
 def pool(x: Tensor) -> Tensor:
-    """The mean over space, [B, C, 1, ...]."""
-    return x.mean(tuple(range(2, x.dim())), keepdim=True)
+    """The mean over space, [B, C, 1, ...]; data without space are that already."""
+    return x if x.dim() < 3 else x.mean(tuple(range(2, x.dim())), keepdim=True)
 
 
 def numel(x: Tensor) -> Tensor:
