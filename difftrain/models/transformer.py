@@ -138,10 +138,11 @@ class Transformer(nn.Module):
         return c, None
 
     def _same_extras(self, extra: Mapping[str, Tensor]) -> None:
-        wanted = {*self.form.times[1:], *self.form.inputs}
-        for name in sorted(wanted ^ extra.keys()):
-            fact = "needs" if name in wanted else "was not made for"
-            raise PartError(f"the network {fact} `{name}`: name it in `times` or `inputs`")
+        wanted = (*self.form.times[1:], *self.form.inputs)
+        for name in (*wanted, *extra):
+            if name not in extra or name not in wanted:
+                fact = "needs" if name in wanted else "was not made for"
+                raise PartError(f"the network {fact} `{name}`: name it in `times` or `inputs`")
 
 
 # ---- beginning
