@@ -1,5 +1,6 @@
 """The pages of docs and the README: their examples run, and their tables are the library's."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ from difftrain.cli import COMMANDS
 from difftrain.language.check import check
 from difftrain.language.codes import CODES
 from difftrain.language.format import format_text
-from difftrain.language.names import Names, standard
+from difftrain.language.forms import SPECIAL
+from difftrain.language.names import Definition, Names, standard
 from difftrain.language.operations import LAWS, OPERATIONS
 from difftrain.language.render import render
+from difftrain.language.scope import REMARKS, lineage
 from difftrain.language.tree import Block, Define, Draw, Source
 
 ROOT = Path(__file__).parent.parent
@@ -143,12 +146,50 @@ def test_tables_of_definitions(kind):
     assert set(named) == defined(kind) and len(named) == len(set(named))
 
 
-def test_parts():
-    spec, _ = check(Source("a.diff", "diff 1\nimport std.sd\n"))
-    space = spec.names.spaces["sd"]
-    kinds = {d.kind for d in space.own.values()}
-    listed = {f"sd.{s}" for kind in kinds for s in defined(kind, (space,))}
-    assert {quoted(row[0])[0] for row in table("docs/language.md", "sd")} == listed
+def imported() -> dict[str, Names]:
+    """The libraries that have to be imported, by name."""
+    folder = ROOT / "specs/std"
+    prelude = folder / "prelude.diff"
+    common = {"prelude", *re.findall(r"import std\.(\w+)", prelude.read_text())}
+    names = sorted({f.stem for f in folder.glob("*.diff")} - common)
+    text = "\n".join(["diff 1", *(f"import std.{name}" for name in names)]) + "\n"
+    return check(Source("a.diff", text))[0].names.spaces
+
+
+def parts(kind: str) -> dict[str, Definition]:
+    """Every definition of a kind in the library, by the name that a spec calls it."""
+    own = {d.name: d for n in standard() for d in n.own.values() if d.kind == kind}
+    for library, names in imported().items():
+        own |= {f"{library}.{d.name}": d for d in names.own.values() if d.kind == kind}
+    return own
+
+
+@pytest.mark.parametrize("kind", ["backbone", "encoder", "codec"])
+def test_parts(kind):
+    """What is made from another part has its name on the page, all else a row with its options."""
+    listed = {quoted(row[0])[0] for row in table("docs/language.md", kind)}
+    whole = {name: d for name, d in parts(kind).items() if not d.node.base}
+    assert listed == {signature(name, d.node.formals) for name, d in whole.items()}
+    text = page("docs/language.md")
+    assert not [name for name in parts(kind).keys() - whole.keys() if f"`{name}`" not in text]
+
+
+def test_sizes_of_parts():
+    known = parts("backbone")
+    for names, *numbers in table("docs/language.md", "sizes"):
+        for name in quoted(names):
+            found = {f.name: f.default.span.text for f in formals(known[name])}
+            assert [found[n] for n in ("depth", "width", "heads")] == numbers, name
+
+
+def formals(definition: Definition):
+    """The parameters of a block with those of its bases, the newest last."""
+    return [f for d in lineage(definition) for f in d.node.formals]
+
+
+def test_processes_of_parts():
+    listed = {quoted(row[0])[0] for row in table("docs/language.md", "sd")}
+    assert listed == {f"sd.{s}" for s in defined("process", (imported()["sd"],))}
 
 
 @pytest.mark.parametrize("kind", ["data", "train", "sample"])
@@ -162,7 +203,7 @@ def test_options(kind):
     assert [[cell.strip("`") for cell in row[:3]] for row in rows] == expected
 
 
-INPUTS = {"x0", "cond", "null", "step", "student", "teacher", "row_a", "row_b"}
+INPUTS = {"x0", "cond", "null", "image", "step", "student", "teacher", "row_a", "row_b"}
 OPEN = {"t", "r", "alpha", "sigma", "target"}
 
 
@@ -178,6 +219,15 @@ def test_operations():
     assert listed == {name for name, row in OPERATIONS.items() if row.doc} | {"stop"}
     for law in LAWS.values():
         assert f"`{law.partition(':')[0]}`" in page("docs/language.md")
+
+
+def test_calls():
+    listed = {quoted(row[0])[0].partition("(")[0] for row in table("docs/language.md", "call")}
+    assert listed == {*SPECIAL, "stop"}
+
+
+def test_remarks():
+    assert [quoted(row[0])[0] for row in table("docs/language.md", "remark")] == list(REMARKS)
 
 
 def test_codes():
@@ -198,6 +248,23 @@ def test_every_method_has_its_source(kind):
     names = [d.name for n in standard() for d in n.own.values() if d.kind == kind]
     missing = [name for name in names if f"`{name}`" not in text and f"`{name}(" not in text]
     assert not missing
+
+
+def test_recipes():
+    files = {f"specs/recipes/{f.name}" for f in (ROOT / "specs/recipes").glob("*.diff")}
+    assert {quoted(row[0])[0] for row in table("docs/objectives.md", "recipe")} == files
+
+
+def test_golden_numbers_are_there():
+    """A key that the page names is in the file, and a test reads it."""
+    keys = json.loads(page("tests/golden.json"))
+    read = (
+        page("tests/test_golden.py") + page("tests/test_solvers.py") + page("tests/test_sampler.py")
+    )
+    named = re.findall(r"\*Golden \(([^)]*)\)", page("docs/objectives.md"))
+    assert named
+    for key in (key for text in named for key in quoted(text)):
+        assert key in keys and f'"{key}"' in read, key
 
 
 # ---- the house
