@@ -230,7 +230,7 @@ def _made(form: Form, shape: tuple[int, ...], weights: str) -> Transformer:
     device = torch.get_default_device()
     with torch.device("meta"):
         network = Transformer(form, Patches(1, 1, form.patch).grid(*shape[1:]))
-    network.to_empty(device=device)
+    _allot(network, device)
     if not weights:
         initialise(network)
         return network
@@ -239,6 +239,13 @@ def _made(form: Form, shape: tuple[int, ...], weights: str) -> Transformer:
         silence(embedder.mlp[2])
     checkpoints.load(network, weights)
     return network
+
+
+def _allot(network: nn.Module, device: torch.device) -> None:
+    """Gives every weight memory, and no numbers. `to_empty` cannot where tensors are only shapes."""
+    for module in network.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty_like(weight, device=device)))
 
 
 def _last_names(names: Sequence[str]) -> tuple[str, ...]:

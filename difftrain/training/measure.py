@@ -17,15 +17,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from difftrain.compiler.layout import Layout, gather, layout
+from difftrain.compiler.program import load
+from difftrain.compiler.step import emit_step
 from difftrain.language.options import Run
 from difftrain.language.part import Part
-from difftrain.language.spec import Objective
+from difftrain.language.spec import Objective, Spec
 from difftrain.models import build, is_foreign, reads_names
 from difftrain.models.foreign import reason
 from difftrain.models.pretrained import Absent
 from difftrain.models.tokenizer import END, START
 from difftrain.training import state
-from difftrain.training.bundle import ARRAYS, Bundle, block, each_part, text_part
+from difftrain.training.bundle import (
+    ARRAYS,
+    Bundle,
+    block,
+    each_part,
+    recipe,
+    step_inputs,
+    text_part,
+)
 from difftrain.training.known import Known, found
 from difftrain.training.own import importable
 from difftrain.training.parts import (
@@ -41,6 +51,24 @@ from difftrain.training.sources import DataError
 COUNTED = "the whole emitted step with its backward passes, 2 for each multiply-add"
 
 
+class Everywhere:
+    """Stands in for torch's record of the module that works, which nested derivatives break."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_) -> None: ...
+
+
+class Counter(FlopCounterMode):
+    """Counts the arithmetic as a whole."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.mod_tracker = Everywhere()
+
+
 def measured(bundle: Bundle) -> Bundle:
     """The bundle with latents, state and FLOPs in its manifest, found without computing anything:
     the networks' tensors have shapes and no numbers. Raises PartError."""
@@ -53,11 +81,11 @@ def measured(bundle: Bundle) -> Bundle:
         shape = codec.shape(size)
         with FakeTensorMode(allow_non_fake_inputs=True):
             modules = build_modules(objective, names, codec, known, size, _shapes)
-            flops = _flops(bundle, modules, batch, shape, size, names, objective)
+            flops = _flops(spec, objective, modules, batch, shape, size, names)
     return bundle.saying(
         {
             "shapes": {**bundle.manifest["shapes"], "latents": list(shape)},
-            "state": _state(layout(modules), modules.get("text"), _copies(names, modules)),
+            "state": _state(layout(modules), modules.get("text"), _copies(names, modules, spec)),
             "flops": {"per sample": round(flops / batch), "counted": COUNTED},
         }
     )
@@ -78,9 +106,10 @@ def _known(objective: Objective, data: Run) -> Known:
     return replace(found(None, arrays, None), vocabulary=words)
 
 
-def _copies(names: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """The buffers of averaged copies."""
-    return [copy_of(name) for name in names if name not in modules]
+def _copies(names: Sequence[str], modules: Mapping[str, nn.Module], spec: Spec) -> list[str]:
+    """The buffers of averaged copies, and of further averages."""
+    copies = [name for name in names if name not in modules]
+    return [copy_of(name) for name in (*copies, *recipe(spec).further)]
 
 
 def _shapes(part: Part | tuple[Part, ...], **context) -> nn.Module:
@@ -105,12 +134,15 @@ def _state(plan: Layout, text: nn.Module | None, copies: list[str]) -> dict[str,
     return {"weights": sizes, "buffers": buffers, "numbers": [*state.COUNTERS, "scale"]}
 
 
-def _flops(bundle: Bundle, modules, count: int, shape, size: int, names, objective) -> int:
-    """The arithmetic of one step of `count` samples. Attention is two matrix products each time.
+def _flops(spec: Spec, objective: Objective, modules, count: int, shape, size: int, names) -> int:
+    """The arithmetic of one step of `count` samples, which is the same in every precision; in fp32
+    torch has a derivative of it everywhere. Attention is two matrix products each time.
 
     Raises Absent for a network from Python that needs numbers.
     """
-    module, plan = bundle.module("step.py"), layout(modules)
+    plain = replace(recipe(spec), precision="fp32")
+    module = load(emit_step(objective, plain, step_inputs(objective)).source, "measured")
+    plan = layout(modules)
     tables = {name: torch.empty(t.shape) for name, t in module.tables().items()}
     batch = {"x0": torch.empty(count, *shape), "index": torch.arange(count)}
     batch |= {"image": torch.empty(count, 3, size, size)} if "vision" in names else {}
@@ -118,8 +150,8 @@ def _flops(bundle: Bundle, modules, count: int, shape, size: int, names, objecti
         length = modules["text"].length
         batch |= {"input_ids": torch.zeros(count, length, dtype=torch.int64)}
         batch |= {"null_ids": torch.zeros(1, length, dtype=torch.int64)}
-    first = state.fresh(gather(modules, plan, "cpu"), 0, 1, _copies(names, modules))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    first = state.fresh(gather(modules, plan, "cpu"), 0, 1, _copies(names, modules, spec))
+    with sdpa_kernel(SDPBackend.MATH), Counter(display=False) as counter:
         try:
             module.step(first, batch, modules, plan, tables)
         except Exception as cause:
