@@ -265,7 +265,7 @@ def _linear_parts(term: Term) -> tuple[Term, ...]:
     """What a field is put together from, if it is a sum or a multiple of something."""
     numbers = [a.kind in ("scalar", "sample") for a in term.args]
     match term.op:
-        case "add" | "sub" | "neg":
+        case "add" | "sub" | "neg" if not any(numbers):  # what a number is added to is no multiple
             return term.args
         case "mul" if any(numbers):
             return term.args
