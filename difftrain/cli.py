@@ -46,6 +46,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _width(text: str) -> float:
+    """A width of a power function: at 1 / sqrt(12) every step weighs the same."""
+    number = float(text) if re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) else 0.0
+    if not 0 < number <= 0.288:
+        raise argparse.ArgumentTypeError(
+            f"`{text}` is no width of an average: give a number between 0 and 0.288"
+        )
+    return number
+
+
 def _some(text: str) -> int:
     if not _count(text):
         raise argparse.ArgumentTypeError("no pictures are asked for: give a number from 1 on")
@@ -163,8 +173,25 @@ COMMANDS: dict[str, Command] = {
             ),
             arg("-n", "--count", type=_some, metavar="N", help="how many pictures"),
             arg("--save", metavar="FILE", help="an .npz for all pictures, beside the grid"),
+            arg("--weights", metavar="FILE", help="others than the newest, as `ema` wrote them"),
             SET,
             arg("-o", "--output", metavar="FILE", help="a PNG; the run's name if not said"),
+        ),
+    ),
+    "ema": Command(
+        "run:ema",
+        "make averaged weights of another width from a run's snapshots",
+        (
+            arg("run", metavar="RUN", help="the folder of a run"),
+            arg(
+                "--std",
+                type=_width,
+                required=True,
+                metavar="STD",
+                help="width of the power function, relative to the steps so far: `0.08`",
+            ),
+            arg("--step", type=_count, metavar="N", help="of which snapshot; the last if not said"),
+            arg("-o", "--output", metavar="FILE", help="in the run's folder if not said"),
         ),
     ),
 }

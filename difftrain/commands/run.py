@@ -59,6 +59,18 @@ def sample(args: Namespace) -> int:
         count=args.count,
         out=args.output,
         save=args.save,
+        weights=args.weights,
     )
     print(path)
+    return CLEAN
+
+
+def ema(args: Namespace) -> int:
+    """Writes the average of a run that has another width than those it tracked."""
+    from difftrain.training.averages import reconstruct
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    print(reconstruct(args.run, args.std, say, args.step, args.output))
     return CLEAN

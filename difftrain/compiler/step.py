@@ -29,7 +29,12 @@ class Recipe:
     clip: float
     warmup: int
     decay: str
-    average: Term  # the decay of the averaged weights, in `step`
+    averages: tuple[Term, ...]  # the decays of the averaged weights, in `step`; the first samples
+
+    @property
+    def further(self) -> dict[str, Term]:
+        """The decays of all but the first average, by the names of their buffers."""
+        return {str(number): decay for number, decay in enumerate(self.averages[1:], 2)}
 
 
 @dataclass(frozen=True)
@@ -54,20 +59,21 @@ class StepProgram:
 def emit_step(objective: Objective, recipe: Recipe, inputs: Inputs) -> StepProgram:
     """The program of one training step. Raises SpecError.
 
-    The state holds a buffer `average.NAME` for each averaged copy that the objective reads.
+    The state holds a buffer `average.NAME` for each averaged copy that the objective reads, and
+    for each average of the recipe after the first: `average.2` is the second.
     """
     derived = build(objective, ("loss", *logged(objective)), inputs.given)
-    copies = Copies(modules_read(objective)[1])
+    copies = Copies(modules_read(objective)[1], recipe.further)
     graph = run(derived)
     title = f"The training step of `{objective.name}`, as difftrain compiled it."
     used = ["adamw", "learning_rate"]
-    used += ["follow"] * bool(copies.decays)
+    used += ["follow"] * bool(copies.all)
     used += ["clipped"] * bool(recipe.clip) + ["rescale"] * (recipe.precision == "fp16")
     further = {
         "difftrain.compiler.draws": ["Draws"],
         "difftrain.compiler.update": sorted(used),
     }
-    decays = {"averaging": recipe.average, **copies.functions}
+    decays = {"averaging": recipe.averages[0], **copies.functions}
     functions = [_decay(name, term) for name, term in decays.items()]
     functions.append(_step(graph, recipe, inputs, copies))
     source = emit(graph, title, further, functions)
@@ -116,14 +122,20 @@ def inputs_read(objective: Objective) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Copies:
-    """The averaged copies of the student that an objective reads, with their decays."""
+    """The averages of the state beside the first, with their decays: copies of the student that the
+    objective `reads`, and others that only follow the weights."""
 
-    decays: Mapping[str, Term]
+    reads: Mapping[str, Term]
+    others: Mapping[str, Term]
+
+    @property
+    def all(self) -> dict[str, Term]:
+        return {**self.reads, **self.others}
 
     @property
     def functions(self) -> dict[str, Term]:
         """What the emitted function of each decay is called."""
-        return {self.function(n): d for n, d in self.decays.items()}
+        return {self.function(n): d for n, d in self.all.items()}
 
     def function(self, name: str) -> str:
         return "decay_of_" + name.replace(".", "_")
@@ -153,7 +165,7 @@ def _step(graph: Graph, recipe: Recipe, inputs: Inputs, copies: Copies) -> str:
         "",
         "    def objective(weights):",
         "        nets = plan.bind(modules, weights)",
-        *[f'        nets["{n}"] = plan.copy(modules, state["average.{n}"])' for n in copies.decays],
+        *[f'        nets["{n}"] = plan.copy(modules, state["average.{n}"])' for n in copies.reads],
         *_indented(_forward(recipe, inputs), 8),
         '        loss = values["loss"].float().mean()',
         f"        return loss{scale}, (loss, values)",
@@ -207,13 +219,13 @@ def _update(recipe: Recipe, scaled: bool, copies: Copies) -> list[str]:
         "norm = gradient.norm()",
         *["fine = torch.isfinite(norm)"] * scaled,
         *[f"gradient = clipped(gradient, norm, {recipe.clip})"] * bool(recipe.clip),
-        'count = state["updates"] + 1.0',
+        'count = state["updates"].double() + 1',
         f"rate = learning_rate(count, {options['lr']}, warmup={recipe.warmup}{cosine})",
         f"numbers = dict({', '.join(numbers)})",
         f"adamw(state, gradient, count, rate, averaging, **numbers{', fine=fine' * scaled})",
         *[
             f'follow(state, "average.{n}", {copies.function(n)}(count){", fine" * scaled})'
-            for n in copies.decays
+            for n in copies.all
         ],
         *["rescale(state, fine)"] * scaled,
         'state["turn"].add_(1)',

@@ -51,15 +51,21 @@ def adamw(
     change = first / (1 - beta1**count)
     change = change / ((second / (1 - beta2**count)).sqrt() + eps)
     moved = weights - rate * (change + weight_decay * weights)
-    average = torch.lerp(moved, state["average"], averaging(count))
+    average = nearer(state["average"], moved, averaging(count))
     new = {"weights": moved, "first": first, "second": second, "average": average}
     for name, value in {**new, "updates": state["updates"] + 1}.items():
         state[name].copy_(value if fine is None else torch.where(fine, value, state[name]))
 
 
+def nearer(average: Tensor, weights: Tensor, decay: Tensor | float) -> Tensor:
+    """The average [P] after an update, of which `decay` stays. What comes in is formed from the
+    decay as it is given, in float64: late in a run fp32 has few digits of it."""
+    return average + (1 - decay) * (weights - average)
+
+
 def follow(state: dict[str, Tensor], name: str, decay, fine: Tensor | None = None) -> None:
     """Moves a further average [P] towards the weights, in place; after an overflow it stays."""
-    moved = state["weights"] + decay * (state[name] - state["weights"])
+    moved = nearer(state[name], state["weights"], decay)
     state[name].copy_(moved if fine is None else torch.where(fine, moved, state[name]))
 
 

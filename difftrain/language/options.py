@@ -10,11 +10,12 @@ from difftrain.language.finding import Finding, Fix, Label
 from difftrain.language.names import Names, standard
 from difftrain.language.nearest import nearest
 from difftrain.language.scope import Equations, Scope
-from difftrain.language.tree import Block, Define, Expr, Formal, Quantity, Span
+from difftrain.language.term import Term
+from difftrain.language.tree import Block, Define, Expr, Formal, ListOf, Quantity, Span
 from difftrain.language.values import read_option
 from difftrain.language.worlds import HERE, Frame, Problem
 
-FUNCTIONS_OF_STEP = ("ema",)  # options that are an expression in `step`
+FUNCTIONS_OF_STEP = ("ema",)  # options that are an expression in `step`, or a list of them
 MULTIPLIERS = ("k", "M", "G")
 
 
@@ -29,6 +30,13 @@ class Run:
 
     def __getitem__(self, name: str):
         return self.values[name]
+
+
+def decays(train: Run) -> tuple[Term, ...]:
+    """How much of each average of the weights stays at an update, in `step`; what samples is the
+    first."""
+    value = train["ema"]
+    return value if isinstance(value, tuple) else (value,)
 
 
 def schema(kind: str) -> dict[str, tuple[Formal, Names]]:
@@ -73,6 +81,8 @@ def read_run(block: Block, names: Names, found: list[Finding]) -> Run:
 
 def _read(name: str, expr: Expr, scope: Scope, formal: Formal, found: list[Finding]):
     _check_unit(expr, formal, found)
+    if name in FUNCTIONS_OF_STEP and isinstance(expr, ListOf):
+        return tuple(_function_of_step(item, scope, found) for item in expr.items)
     if name in FUNCTIONS_OF_STEP:
         return _function_of_step(expr, scope, found)
     return read_option(formal, expr, scope, Equations(), found)

@@ -35,7 +35,7 @@ from difftrain.language.guidance import own_guidance
 from difftrain.language.horizon import horizon
 from difftrain.language.meaning import gaussian
 from difftrain.language.numbers import draws
-from difftrain.language.options import Run, defaults
+from difftrain.language.options import Run, decays, defaults
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective, Spec, read_text
 from difftrain.language.tree import Source
@@ -49,7 +49,7 @@ RUNTIME = {  # what may be set without compiling again
     "data": ("source", "size", "batch", "captions"),
     "train": (
         "steps", "device", "compile", "resume_from", "start_from", "teacher", "seed", "keep",
-        "save_every", "sample_every", "log_every",
+        "save_every", "sample_every", "snapshots_every", "log_every",
     ),
     "sample": ("solver", "guidance", "prompts", "count", "seed"),
 }  # fmt: skip
@@ -193,7 +193,7 @@ def recipe(spec: Spec) -> Recipe:
         train["clip"],
         train["warmup"],
         train["decay"],
-        train["ema"],
+        decays(train),
     )
 
 

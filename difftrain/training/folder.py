@@ -11,6 +11,8 @@ from difftrain.training.bundle import Bundle, open_bundle
 from difftrain.training.state import CheckpointError, newest
 
 HOME = Path("runs")
+MADE = "averages"  # the folder of averages that were put together after training
+INSIDE = ("checkpoints", MADE)  # folders of a run whose files hold weights
 
 
 class FolderError(Exception):
@@ -90,7 +92,7 @@ def checkpoint_at(path: Path) -> Path:
 
 def run_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint lies in."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+    return checkpoint.parent.parent if checkpoint.parent.name in INSIDE else None
 
 
 def open_run(path: str) -> tuple[Bundle, Path]:

@@ -19,13 +19,14 @@ from tqdm import tqdm
 from difftrain.compiler import lowering, texts
 from difftrain.language.options import Run
 from difftrain.language.spec import Objective
-from difftrain.training import evaluate, samples, state
+from difftrain.training import averages, evaluate, samples, state
 from difftrain.training.batches import Batches
 from difftrain.training.bundle import (
     Bundle,
     block,
     compile_spec,
     each_part,
+    recipe,
     step_inputs,
     text_part,
 )
@@ -69,6 +70,7 @@ class Session:
     programs: evaluate.Programs
     prepared: Prepared
     unseen: Prepared | None
+    averages: averages.Widths
     state: dict[str, Tensor]
     steps: int
     started: float
@@ -144,14 +146,15 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     prepared, other = prepare(seen), prepare(unseen) if unseen else None
     try_out(objective, parts, prepared, bundle.manifest["time"][0] == "index")
     steps = steps if steps is not None else train["steps"]
-    current = _state(bundle, parts, train["seed"], steps, checkpoint)
+    widths = averages.tracked(recipe(spec))
+    current = _state(bundle, parts, widths, train["seed"], steps, checkpoint)
     texts.write(bundle.texts, folder)
     say(f"training `{bundle.name}` on {seen!r}: {parts.plan.size:,} weights, {device}, in {folder}")
-    _doubts(objective, parts, train)
+    _doubts(objective, parts, train, widths)
     made = evaluate.programs(bundle, device)
     return Session(
         bundle, folder, options["data"], train, options["sample"], parts, made, prepared, other,
-        current, steps, started,
+        widths, current, steps, started,
     )  # fmt: skip
 
 
@@ -178,16 +181,16 @@ def _known(bundle, objective, train: Run, checkpoint: Path | None, seen, unseen)
     return inherited(train, found(text_part(objective), seen, unseen))
 
 
-def _state(bundle: Bundle, parts: Parts, seed: int, steps: int, checkpoint: Path | None):
+def _state(bundle: Bundle, parts: Parts, widths, seed: int, steps: int, checkpoint: Path | None):
     copies = [copy_of(name) for name in parts.averages]
-    current = state.fresh(parts.weights, seed, steps, copies)
+    current = state.fresh(parts.weights, seed, steps, [*copies, *widths])
     if checkpoint:
         state.load(checkpoint, current, parts.plan, bundle.manifest["graph"], parts.kept)
         say(f"resumed at step {int(current['turn'])} from {checkpoint}")
     return current
 
 
-def _doubts(objective: Objective, parts: Parts, train: Run) -> None:
+def _doubts(objective: Objective, parts: Parts, train: Run, widths: averages.Widths) -> None:
     """Says what is probably not meant."""
     encoders = each_part(text_part(objective))
     trained = [part for part in encoders if part.options.get("train")]
@@ -199,6 +202,11 @@ def _doubts(objective: Objective, parts: Parts, train: Run) -> None:
         say(
             "warning: the text encoder is trained, and the teacher reads what it makes: with"
             " `train = false` it stays as the teacher knew it"
+        )
+    if train["snapshots_every"] and not any(widths.values()):
+        say(
+            "warning: no average is a power function of the step, so nothing can be made of their"
+            " snapshots: write `ema = [ema_power(0.05), ema_power(0.10)]`"
         )
 
 
@@ -219,10 +227,13 @@ def loop(session: Session) -> None:
         for done, batch in zip(range(first + 1, session.steps + 1), batches, strict=False):
             log = step(session.state, _feed(session, batch, null_ids), *fixed)
             bar.update()
-            if _due(session, done, "log_every") or _due(session, done, "save_every"):
+            due = [_due(session, done, f"{n}_every") for n in ("log", "save", "snapshots")]
+            if any(due):
                 _report(session, bar, board, done, log)
-            if _due(session, done, "save_every"):
+            if due[1]:
                 save(session, done)
+            if due[2] and session.train["snapshots_every"]:
+                snapshot(session, done)
             if _due(session, done, "sample_every") and done < session.steps:
                 grid(session, done)
 
@@ -310,11 +321,23 @@ def _report(session: Session, bar: tqdm, board, done: int, log: Mapping[str, Ten
 def save(session: Session, done: int) -> Path:
     """A checkpoint of this step; older ones than `keep` go."""
     path = session.folder / "checkpoints" / f"step-{done:09d}.safetensors"
-    facts = {k: session.bundle.manifest[k] for k in ("name", "spec", "graph")}
-    facts |= {"step": str(done), **session.parts.known.facts}
-    state.save(path, session.state, session.parts.plan, facts, session.parts.kept)
+    state.save(path, session.state, session.parts.plan, _facts(session, done), session.parts.kept)
     state.forget(session.folder, session.train["keep"])
     return path
+
+
+def snapshot(session: Session, done: int) -> Path:
+    """The averages of this step, kept for good."""
+    facts, parts = _facts(session, done), session.parts
+    return averages.keep(
+        session.folder, session.state, parts.plan, facts, parts.kept, session.averages
+    )
+
+
+def _facts(session: Session, done: int) -> dict[str, object]:
+    """What a file of weights says of itself."""
+    facts = {k: session.bundle.manifest[k] for k in ("name", "spec", "graph")}
+    return {**facts, "step": str(done), **session.parts.known.facts}
 
 
 # ---- showing

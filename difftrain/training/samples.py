@@ -21,7 +21,7 @@ from difftrain.sampling.pictures import grid_png, to_bytes
 from difftrain.training import evaluate, state
 from difftrain.training.arrays import Arrays
 from difftrain.training.bundle import ARRAYS, Bundle, SettingError, block
-from difftrain.training.folder import open_run
+from difftrain.training.folder import FolderError, open_run
 from difftrain.training.known import told
 from difftrain.training.own import importable
 from difftrain.training.parts import Parts, build_parts, condition_field, held_out, opened
@@ -40,6 +40,7 @@ class Model:
     parts: Parts
     weights: Tensor
     step: int
+    width: str = ""  # the width of an average that was made after training
 
 
 def sample(
@@ -50,10 +51,13 @@ def sample(
     count: int | None = None,
     out: str | None = None,
     save: str | None = None,
+    weights: str | None = None,
 ) -> Path:
-    """What is drawn from the averaged weights of a run, or of a checkpoint in it: a grid of
-    pictures, or the arrays. `save` names a file for all pictures; the grid then has the first."""
+    """What is drawn from the averaged weights of a run, or of a checkpoint in it, or of the file
+    `weights`: a grid of pictures, or the arrays. `save` names a file for all pictures; the grid
+    then has the first."""
     bundle, checkpoint = open_run(run)
+    checkpoint = _file(weights) if weights else checkpoint
     spec = bundle.read(settings, ("sample", "data"))
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
     fits(bundle, options["solver"])
@@ -69,6 +73,14 @@ def sample(
         return draw(model, options, data["size"], texts, path, save and Path(save))
 
 
+def _file(weights: str) -> Path:
+    if not Path(weights).is_file():
+        raise FolderError(
+            f"there is no file `{weights}`: give a checkpoint, or one that `difftrain ema` wrote"
+        )
+    return Path(weights)
+
+
 def open_model(bundle: Bundle, objective: Objective, checkpoint: Path, size: int) -> Model:
     """The averaged weights of a checkpoint in the modules of its spec."""
     device = lowering.device("auto")
@@ -77,7 +89,8 @@ def open_model(bundle: Bundle, objective: Objective, checkpoint: Path, size: int
     parts = build_parts(objective, told(facts), 0, device, size=size, sampling=True)
     state.load_average(checkpoint, parts.weights, parts.plan, graph, parts.kept)
     programs = evaluate.programs(bundle, device)
-    return Model(bundle, programs, parts, parts.weights, int(facts["step"]))
+    step, width = int(facts["step"]), facts.get("width", "")
+    return Model(bundle, programs, parts, parts.weights, step, width)
 
 
 def declared(options: Run) -> list[str]:
@@ -151,6 +164,7 @@ def _settings(model: Model, options: Run) -> dict[str, object]:
     return {
         "spec": model.bundle.manifest["spec"],
         "step": model.step,
+        **({"width": model.width} if model.width else {}),
         "solver": f"{solver.module} {dict(solver.options)}",
         "guidance": options["guidance"],
         "seed": options["seed"],

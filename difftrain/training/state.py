@@ -65,6 +65,11 @@ def save(
     }
     tensors |= {n: state[n].cpu() for n in (*COUNTERS, "scale", "seed")}
     tensors |= {FROZEN + n: value.cpu().contiguous() for n, value in kept.items()}
+    write(path, tensors, facts)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
+    """Writes tensors and what is to be said of them into a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file(
@@ -99,7 +104,7 @@ def _all(folder: Path) -> list[Path]:
 
 def facts(path: Path, graph_hash: str) -> dict[str, str]:
     """What a checkpoint of this graph says of itself. Raises CheckpointError."""
-    with _opened(path, graph_hash) as file:
+    with opened(path, graph_hash) as file:
         return file.metadata()
 
 
@@ -112,7 +117,12 @@ def load(
 ) -> None:
     """Fills the state, and frozen weights that are `kept`, from a checkpoint of the same graph.
     Raises CheckpointError."""
-    with _opened(path, graph_hash) as file:
+    with opened(path, graph_hash) as file:
+        if not held(file, "weights/"):
+            raise CheckpointError(
+                f"`{path}` holds an average, and training goes on from all of its state: resume"
+                " from a checkpoint"
+            )
         for buffer in buffers(state):
             _fill(file, buffer, state[buffer], plan)
         _restore(file, kept)
@@ -129,7 +139,7 @@ def load_average(
 ) -> None:
     """Fills weights [P] with the averaged ones of a checkpoint, and those that are `kept`. Raises
     CheckpointError."""
-    with _opened(path, graph_hash) as file:
+    with opened(path, graph_hash) as file:
         _fill(file, AVERAGE, weights, plan)
         _restore(file, kept)
 
@@ -137,14 +147,14 @@ def load_average(
 def averaged(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The averaged and the frozen weights of any checkpoint by `module.parameter`, and what it says
     of itself. Raises CheckpointError."""
-    with _opened(path) as file:
+    with opened(path) as file:
         groups = (f"{AVERAGE}/", FROZEN)
-        named = {n: file.get_tensor(start + n) for start in groups for n in _held(file, start)}
+        named = {n: file.get_tensor(start + n) for start in groups for n in held(file, start)}
         return named, file.metadata() or {}
 
 
 @contextmanager
-def _opened(path: Path, graph_hash: str | None = None) -> Iterator[safe_open]:
+def opened(path: Path, graph_hash: str | None = None) -> Iterator[safe_open]:
     """A checkpoint, of this graph if one is given, open; whatever is wrong with it is a
     CheckpointError."""
     try:
@@ -176,21 +186,21 @@ def _same_graph(path: Path, theirs: str, ours: str) -> None:
 def _fill(file: safe_open, buffer: str, flat: Tensor, plan: Layout) -> None:
     """Reads one buffer [P]. Raises ValueError for a weight that is missing or of another shape."""
     start = f"{buffer}/"
-    held = _held(file, start)
-    lost = next((slot.key for slot in plan.slots if slot.key not in held), None)
+    names = held(file, start)
+    lost = next((slot.key for slot in plan.slots if slot.key not in names), None)
     if lost:
         raise ValueError(f"it has no `{lost}`")
     plan.load(flat, {slot.key: file.get_tensor(start + slot.key) for slot in plan.slots})
 
 
-def _held(file: safe_open, start: str) -> set[str]:
+def held(file: safe_open, start: str) -> set[str]:
     """The names in a file that begin so, without their beginning."""
     return {n.removeprefix(start) for n in list(file.keys()) if n.startswith(start)}
 
 
 def _restore(file: safe_open, kept: Mapping[str, Tensor]) -> None:
     """Reads frozen weights. Raises ValueError for one that is missing."""
-    if lost := sorted(kept.keys() - _held(file, FROZEN)):
+    if lost := sorted(kept.keys() - held(file, FROZEN)):
         raise ValueError(f"it has no `{lost[0]}`")
     for name, value in kept.items():
         value.copy_(file.get_tensor(FROZEN + name))

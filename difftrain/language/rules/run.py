@@ -7,9 +7,10 @@ from difftrain.language.guidance import own_guidance
 from difftrain.language.meaning import lacking
 from difftrain.language.names import Names, is_shipped
 from difftrain.language.numbers import value
+from difftrain.language.options import decays
 from difftrain.language.rules.case import Case, shown
 from difftrain.language.spec import Spec, top_line
-from difftrain.language.term import is_const, walk
+from difftrain.language.term import Term, is_const, walk
 from difftrain.language.tree import Block, Redefine
 
 STEPS = (1, 2, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -22,20 +23,30 @@ BLOCKS = {
 
 
 def averaging(spec: Spec, found: list[Finding]) -> None:
-    """The decay of the averaged weights is a number in 0..1 at every step."""
+    """There is an average of the weights, and every decay is a number in 0..1 at every step."""
     run = spec.runs.get("train")
-    decay = run.values.get("ema") if run else None
-    if decay is None or "ema" not in run.written:
+    if run is None or "ema" not in run.written:
         return
+    at, hint = Label(run.written["ema"]), "write `ema = 0.999`"
+    if not decays(run):
+        text = "there is no average of the weights, which is what samples"
+        found.append(Finding("DIF311", text, at, help=hint))
+    because = next(filter(None, map(_runs_away, decays(run))), "")
+    if because:
+        text = "the decay of the averaged weights is not between 0 and 1"
+        found.append(Finding("DIF311", text, at, because=because, help=hint))
+
+
+def _runs_away(decay: Term | None) -> str:
+    """At which step a decay is not between 0 and 1; nothing where it always is, or has no value."""
+    if decay is None:
+        return ""
     inputs = [t for t in walk(decay) if t.op == "input"]
     for step in STEPS:
         number = value(decay, dict.fromkeys(inputs, step))
         if not 0 <= number <= 1:
-            text = "the decay of the averaged weights is not between 0 and 1"
-            because = f"at step {step} it is {shown(number)}"
-            at = Label(run.written["ema"])
-            found.append(Finding("DIF311", text, at, because=because, help="write `ema = 0.999`"))
-            return
+            return f"at step {step} it is {shown(number)}"
+    return ""
 
 
 def guidance(case: Case, found: list[Finding]) -> None:
