@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -110,8 +110,7 @@ def build_modules(
     modules = {"student": make(objective.backbone.part, **context)}
     modules |= {"text": text} if text is not None else {}
     if "teacher" in names:
-        part = (objective.teacher or objective).backbone.part
-        modules["teacher"] = _frozen(make(part, **context))
+        modules["teacher"] = _frozen(make(teacher_part(objective), **context))
     if "vision" in names:
         grid = _tap(modules["student"], "tap_grid")
         modules["vision"] = _frozen(make(_vision(objective), grid=grid))
@@ -121,6 +120,15 @@ def build_modules(
     if "logvar" in names:
         modules["logvar"] = LogVariance()
     return modules
+
+
+def teacher_part(objective: Objective) -> Part:
+    """The frozen network: that of the objective it was trained on. Where none is named it is the
+    student's, which is then shown xt, t and the condition alone."""
+    if objective.teacher:
+        return objective.teacher.backbone.part
+    part, plain = objective.backbone.part, {"times": ("t",), "inputs": (), "dropout": 0.0}
+    return replace(part, options={n: plain.get(n, v) for n, v in part.options.items()})
 
 
 def codec_part(objective: Objective) -> Part:
