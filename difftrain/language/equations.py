@@ -185,8 +185,10 @@ class _Page:
         if top:
             names.pop(term, None)
         for part in walk(term):
-            if part not in names and part.op in CALLS:
-                names[part] = CALLS[part.op](part, names)
+            if part not in names and part.op == "network":
+                names[part] = _network(part, names, self.derivation.interface.dropout)
+            elif part not in names and part.op == "jvp":
+                names[part] = _derivative(part, names)
         return names[term] if term in names else show(term, names)
 
 
@@ -224,13 +226,14 @@ def _shown_args(term: Term) -> tuple[Term, ...]:
     return term.args
 
 
-def _network(term: Term, names: dict[Term, str]) -> str:
+def _network(term: Term, names: dict[Term, str], masked: bool) -> str:
+    """A call as it is written; `masked` says whether the network has dropout at all."""
     net, x, tau, cond, dropout, *extra = term.args
     shown = [show(a, names, top=False) for a in (x, tau, cond)]
     shown += [
         f"{n} = {show(a, names, top=False)}" for n, a in zip(term["extras"], extra, strict=True)
     ]
-    if dropout.op == "const" and not dropout.value:
+    if masked and is_const(dropout) and not dropout.value:
         shown.append("dropout = false")
     title = "network" if net.op == "module" and net["name"] == "student" else show(net, names)
     return f"{title}({', '.join(shown)})"
@@ -239,6 +242,3 @@ def _network(term: Term, names: dict[Term, str]) -> str:
 def _derivative(term: Term, names: dict[Term, str]) -> str:
     body = names.get(term.args[0])
     return f"ddt({body or show(term.args[0], names, top=False)})"
-
-
-CALLS = {"network": _network, "jvp": _derivative}

@@ -149,7 +149,8 @@ def forwards(loss: Term) -> tuple[int, int, int]:
         if term not in live:
             live.add(term)
             stack.extend(term.args if term.op != "stop" else ())
-    networks = {t for t in walk(loss) if t.op == "network" and not _moving(t)}
+    moving = {v for t in walk(loss) if t.op == "jvp" for v in t.args[1 : 1 + len(t.args[1:]) // 3]}
+    networks = {t for t in walk(loss) if t.op == "network" and not moving & set(walk(t))}
     derivatives = sum(t.op == "jvp" for t in walk(loss))
     unshared = sum(t.op == "jvp" and not _primal(t) & networks for t in walk(loss))
     return len(networks & live), len(networks - live) + unshared, derivatives
@@ -162,10 +163,6 @@ def _plain(loss: Term) -> Term:
         return args[0] if term.op == "stop" and not trained(args[0]) else None
 
     return rebuild(loss, change)
-
-
-def _moving(network: Term) -> bool:
-    return any(t.op == "variable" for t in walk(network))
 
 
 def _primal(derivative: Term) -> set[Term]:

@@ -242,7 +242,7 @@ def _made(form: Form, shape: tuple[int, ...], weights: str) -> Transformer:
 
 
 def _allot(network: nn.Module, device: torch.device) -> None:
-    """Gives every weight memory, and no numbers. `to_empty` cannot where tensors are only shapes."""
+    """Gives every weight memory and no number, as `to_empty` cannot where tensors are shapes."""
     for module in network.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty_like(weight, device=device)))
