@@ -75,8 +75,9 @@ def _clean(case: Case) -> str | None:
 
 
 def needs(case: Case, found: list[Finding]) -> None:
-    """What the blocks in use take for granted holds."""
-    for need, number, t in broken(case):
+    """What the blocks in use take for granted holds; of each block the first that does not."""
+    first = {row[0].use.label: row for row in reversed([*broken(case)])}
+    for need, number, t in reversed(first.values()):
         text = f"`{need.use.definition.name}` needs `{need.condition.span.text}`"
         because = f"at t = {shown(t)} it is {number}" if number else ""
         at = Label(case.called(need.use))
