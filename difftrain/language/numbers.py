@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product as combinations
 from statistics import NormalDist
 
@@ -104,21 +105,26 @@ def _compute(part: Term, done) -> object:
 
 
 def _solve(part: Term, done) -> float:
-    """Where the body of an inverse has the wanted value, by bisection."""
-    body, variable, wanted = part.args[:3]
-    low, high = (a.value for a in part.args[3:])
-    still = {t: done[t] for t in draws(body)}
-
-    def at(share: float) -> float:
-        return value(body, {**still, variable: between(low, high, share)})
-
+    """Where the body of an inverse has the wanted value."""
+    body, _, wanted = part.args[:3]
     if math.isnan(done[wanted]):
         return math.nan
+    return _bisected(part, done[wanted], tuple((t, done[t]) for t in draws(body)))
+
+
+@lru_cache(maxsize=4096)  # the same few points are asked for again by every rule
+def _bisected(part: Term, wanted: float, still: tuple[tuple[Term, object], ...]) -> float:
+    body, variable = part.args[:2]
+    low, high = (a.value for a in part.args[3:])
+
+    def at(share: float) -> float:
+        return value(body, {**dict(still), variable: between(low, high, share)})
+
     rising = at(0.75) > at(0.25)
     left, right = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (left + right) / 2
-        left, right = (middle, right) if (at(middle) < done[wanted]) == rising else (left, middle)
+        left, right = (middle, right) if (at(middle) < wanted) == rising else (left, middle)
     return between(low, high, (left + right) / 2)
 
 
