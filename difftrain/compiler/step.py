@@ -219,12 +219,12 @@ def _update(recipe: Recipe, scaled: bool, copies: Copies) -> list[str]:
         "norm = gradient.norm()",
         *["fine = torch.isfinite(norm)"] * scaled,
         *[f"gradient = clipped(gradient, norm, {recipe.clip})"] * bool(recipe.clip),
-        'count = state["updates"].double() + 1',
+        'count = state["updates"] + 1.0',
         f"rate = learning_rate(count, {options['lr']}, warmup={recipe.warmup}{cosine})",
         f"numbers = dict({', '.join(numbers)})",
         f"adamw(state, gradient, count, rate, averaging, **numbers{', fine=fine' * scaled})",
         *[
-            f'follow(state, "average.{n}", {copies.function(n)}(count){", fine" * scaled})'
+            f'follow(state, "average.{n}", {copies.function(n)}, count{", fine" * scaled})'
             for n in copies.all
         ],
         *["rescale(state, fine)"] * scaled,

@@ -51,21 +51,30 @@ def adamw(
     change = first / (1 - beta1**count)
     change = change / ((second / (1 - beta2**count)).sqrt() + eps)
     moved = weights - rate * (change + weight_decay * weights)
-    average = nearer(state["average"], moved, averaging(count))
+    average = nearer(state["average"], moved, averaging, count)
     new = {"weights": moved, "first": first, "second": second, "average": average}
     for name, value in {**new, "updates": state["updates"] + 1}.items():
         state[name].copy_(value if fine is None else torch.where(fine, value, state[name]))
 
 
-def nearer(average: Tensor, weights: Tensor, decay: Tensor | float) -> Tensor:
-    """The average [P] after an update, of which `decay` stays. What comes in is formed from the
-    decay as it is given, in float64: late in a run fp32 has few digits of it."""
-    return average + (1 - decay) * (weights - average)
+def nearer(average: Tensor, weights: Tensor, decay: Callable, count: Tensor) -> Tensor:
+    """The average [P] after update `count`. Late in a run fp32 has few digits of what comes in,
+    so that is computed in float64; as a view it is made once, and not again for every weight."""
+    share = 1 - decay(count.double())
+    if isinstance(share, Tensor):
+        share = share.as_strided((), ())
+    return average + share * (weights - average)
 
 
-def follow(state: dict[str, Tensor], name: str, decay, fine: Tensor | None = None) -> None:
+def follow(
+    state: dict[str, Tensor],
+    name: str,
+    decay: Callable,
+    count: Tensor,
+    fine: Tensor | None = None,
+) -> None:
     """Moves a further average [P] towards the weights, in place; after an overflow it stays."""
-    moved = nearer(state[name], state["weights"], decay)
+    moved = nearer(state[name], state["weights"], decay, count)
     state[name].copy_(moved if fine is None else torch.where(fine, moved, state[name]))
 
 
