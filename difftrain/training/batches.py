@@ -208,6 +208,7 @@ class Batches:
     rank: int = 0
     world: int = 1
     notes: bool = True  # whether batches have `metadata`
+    device: torch.device | str = "cpu"  # where what is encoded is kept, and batches are made
 
     def __post_init__(self):
         if self.batch_size % self.world:
@@ -223,10 +224,18 @@ class Batches:
     def at(self, step: int) -> dict[str, object]:
         """The batch of any step."""
         if self._encoded:
-            held = {"latents": self.data.latents, "image": self.data.images}
-            rows = self._rows(step)
-            return self._batch(step, {k: v[rows] for k, v in held.items() if v is not None})
+            rows = self._chosen(step)
+            return self._batch(step, {k: v[rows] for k, v in self._held.items()})
         return next(self._streamed([step]))
+
+    @cached_property
+    def _held(self) -> dict[str, Tensor]:
+        """What is encoded, where batches are made: taking rows there costs no copy between."""
+        held = {"latents": self.data.latents, "image": self.data.images}
+        return {k: v.to(self.device) for k, v in held.items() if v is not None}
+
+    def _chosen(self, step: int) -> Tensor:
+        return torch.from_numpy(self._rows(step)).to(self.device)
 
     @property
     def _encoded(self) -> bool:
@@ -250,9 +259,10 @@ class Batches:
     def _batch(self, step: int, pixels: dict[str, Tensor]) -> dict[str, object]:
         first, size = self._samples(step)
         samples, rows = range(first, first + size), self._rows(step)
-        batch = {"index": torch.tensor(samples), **pixels}
+        index = torch.arange(first, first + size, device=self.device)
+        batch = {"index": index, **pixels}
         if self._one_caption is not None and not self.notes:
-            return {**batch, "input_ids": self._one_caption[rows]}
+            return {**batch, "input_ids": self._one_caption[self._chosen(step)]}
         records = [self.data.pictures.records[row] for row in rows]
         texts = [
             record.captions[phrasing(self.seed, sample, len(record.captions))]
@@ -273,4 +283,4 @@ class Batches:
         records = self.data.pictures.records
         if self.data.tokens is None or any(len(r.captions) != 1 for r in records):
             return None
-        return self.data.tokens([r.captions[0] for r in records])
+        return self.data.tokens([r.captions[0] for r in records]).to(self.device)

@@ -218,7 +218,8 @@ def loop(session: Session) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     first, seed = session.done, int(session.state["seed"])
-    batches = Batches(session.prepared, seed, session.data["batch"], first, notes=False)
+    size, home = session.data["batch"], _home(session.prepared, session.device)
+    batches = Batches(session.prepared, seed, size, first, notes=False, device=home)
     null_ids = session.parts.null_ids(session.device)
     fixed = (session.parts.modules, session.parts.plan, session.programs.tables["step"])
     step = Stepper(session)
@@ -294,6 +295,19 @@ def _stopped(session: Session, why: str, advice: str) -> str:
     kept = state.newest(session.folder)
     saved = f"the last checkpoint is {kept}" if kept else "no checkpoint had been written"
     return f"{why}, so the run stops: {saved}; {advice}"
+
+
+SHARE = 8  # of the free memory of a GPU, what the encoded data may take
+
+
+def _home(data: Prepared, device: torch.device) -> torch.device:
+    """Where the encoded data are kept: beside the network, if they are small there."""
+    held = [v for v in (data.latents, data.images) if v is not None]
+    if device.type != "cuda" or not held:
+        return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    small = sum(v.nbytes for v in held) * SHARE < free
+    return device if small else torch.device("cpu")
 
 
 def _feed(session: Session, batch: dict, null_ids: Tensor | None) -> dict[str, Tensor]:
