@@ -14,7 +14,7 @@ from difftrain.language.tree import Source
 from difftrain.sampling import grids, solvers
 from difftrain.sampling.model import Sampler
 from difftrain.training import evaluate
-from difftrain.training.bundle import MOMENT, block, compile_text
+from difftrain.training.bundle import block, compile_text, moment
 from difftrain.training.known import Known
 from difftrain.training.parts import build_parts
 
@@ -29,9 +29,8 @@ def sampler(body: str, network=student, times="[t]", **parts) -> Sampler:
     spec, found = check(Source("test.diff", text))
     assert not [f for f in found if f.severity == "error"], found
     objective = spec.objective()
-    moment = [n for n in MOMENT if n in objective.equations.versions]
     levels = compile_quantities(objective, ("alpha", "sigma"), fixed=("t",))
-    estimates = compile_quantities(objective, ("x0_hat", "eps_hat"), fixed=moment)
+    estimates = compile_quantities(objective, ("x0_hat", "eps_hat"), fixed=moment(objective))
     return Sampler(
         levels.compute,
         levels.make_tables(),
