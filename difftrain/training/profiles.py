@@ -49,7 +49,7 @@ def width(decay: Term) -> float | None:
 
 
 def inner(a: Sequence[Profile], b: Sequence[Profile]) -> np.ndarray:
-    """The integrals [A, B] of the products of two profiles: arXiv:2312.02696 eq. 126."""
+    """The integrals [A, B] of the products of two profiles: arXiv:2312.02696 alg. 3."""
     t_a, g_a = _columns(a)
     t_b, g_b = (v.T for v in _columns(b))
     shorter, longer = np.minimum(t_a, t_b), np.maximum(t_a, t_b)

@@ -45,6 +45,8 @@ from difftrain.training.parts import (
 )
 from difftrain.training.start import begin, inherited, try_out
 
+SNAPSHOTS = "snapshots_every"
+REPORTED = ("log_every", "save_every", SNAPSHOTS)  # what a run keeps, it has looked at
 TRIAL = 3  # uncompiled steps that are timed before `auto` decides on a CPU
 
 
@@ -228,21 +230,24 @@ def loop(session: Session) -> None:
         for done, batch in zip(range(first + 1, session.steps + 1), batches, strict=False):
             log = step(session.state, _feed(session, batch, null_ids), *fixed)
             bar.update()
-            due = [_due(session, done, f"{n}_every") for n in ("log", "save", "snapshots")]
-            if any(due):
+            due = {option for option in REPORTED if _due(session, done, option)}
+            if due:
                 _report(session, bar, board, done, log)
-            if due[1]:
+            if "save_every" in due:
                 save(session, done)
-            if due[2] and session.train["snapshots_every"]:
+            if SNAPSHOTS in due:
                 snapshot(session, done)
             if _due(session, done, "sample_every") and done < session.steps:
                 grid(session, done)
 
 
 def _due(session: Session, done: int, option: str) -> bool:
-    """Whether something happens after this step: every so many (0 is never), and at the end."""
+    """Whether something happens after this step: every so many (0 is never), and at the end, where
+    snapshots are only taken of runs that want some."""
     every = session.train[option]
-    return done == session.steps or bool(every and done % every == 0)
+    if not every:
+        return done == session.steps and option != SNAPSHOTS
+    return done == session.steps or done % every == 0
 
 
 class Stepper:
