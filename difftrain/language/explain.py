@@ -11,6 +11,7 @@ from difftrain.language.density import Curve, Row, curve
 from difftrain.language.derive import Derivation
 from difftrain.language.equations import MAIN, Line, equations, labels, law
 from difftrain.language.finding import SpecError
+from difftrain.language.guidance import own_guidance
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective, Spec
 from difftrain.language.term import Term, const, is_const, show, walk
@@ -247,7 +248,10 @@ def _run(subject: Subject) -> list[str]:
     lines = [f"conditions: {_dropping(subject)}", f"network: {_backbone(subject.objective)}"]
     for kind, tell in RUNS.items():
         run = subject.spec.runs.get(kind)
-        lines.append(f"{kind}: " + (tell(run) if run else f"this spec has no `{kind}` block"))
+        lines.append(
+            f"{kind}: "
+            + (tell(run, subject.objective) if run else f"this spec has no `{kind}` block")
+        )
     return lines
 
 
@@ -277,20 +281,22 @@ def _value(value) -> str:
     return str(value)
 
 
-def _train(run) -> str:
+def _train(run, objective: Objective) -> str:
     kept = f"weights in fp32, averaged with decay {_value(run['ema'])}"
     return (
         f"{_value(run['optimizer'])}, {run['steps']} steps, forwards in {run['precision']}, {kept}"
     )
 
 
-def _sample(run) -> str:
+def _sample(run, objective: Objective) -> str:
     w = run["guidance"]
     form = "no guidance" if w == 1 else f"guidance u + {w} * (c - u), where 1 is none"
+    if objective.backbone and own_guidance(objective):
+        form = f"guidance {w} inside the network, none outside"
     return f"{_value(run['solver'])}, {form}"
 
 
-def _data(run) -> str:
+def _data(run, objective: Objective) -> str:
     return f"{_value(run['source'])}, {run['size']} px, {run['batch']} samples a step"
 
 

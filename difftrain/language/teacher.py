@@ -37,14 +37,23 @@ def _inside(student: Derivation, own: Derivation, world: World, at) -> World:
     xt, t = (student.read(n, world, at) for n in ("xt", "t"))
     cond = _shown(student, world, at)
     if not _same_path(student, own):
-        level, alpha = (student.read(n, world, at) for n in ("logsnr", "alpha"))
+        level = student.read("logsnr", world, at)
         along = HERE.swap({"t": MOVING})
         t = solved(own.read("logsnr", along), MOVING, level, *own_range(own, at))
-        xt = own.read("alpha", HERE.swap({"t": t})) / alpha * xt
+        xt = _scale(student, world, own, HERE.swap({"t": t})) * xt
     calm = {"dropped": const(False), "dropout": const(False), "cond": cond}
     net = leaf("module", "module", name="teacher")
     later = {"r": t} if "r" in own.equations.versions else {}
     return HERE.swap({"xt": xt, "t": t, "net": net, **calm, **later})
+
+
+def _scale(student: Derivation, world: World, own: Derivation, there: World) -> Term:
+    """alpha_teacher / alpha, or the same of sigma where that is the larger: at one noise level the
+    two are equal, and one of them is never 0 / 0."""
+    alpha, sigma = (student.read(n, world) for n in ("alpha", "sigma"))
+    theirs = [own.read(n, there) for n in ("alpha", "sigma")]
+    mostly = make("gt", alpha, sigma)
+    return make("where", mostly, theirs[0] / alpha, theirs[1] / sigma)
 
 
 def _shown(student: Derivation, world: World, at) -> Term:

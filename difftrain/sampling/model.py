@@ -61,6 +61,7 @@ class Sampler(Levels):
     null: Tensor | None = None
     guidance: float = 1.0
     given: Mapping[str, float] = field(default_factory=dict)  # further inputs of the network
+    last: dict[str, Tensor] = field(default_factory=dict)  # the estimate of the evaluation before
 
     def estimates(self, x: Tensor, t: Tensor) -> Pair:
         """(x0_hat, eps_hat) at x [B, ...] and t [B], guided."""
@@ -80,13 +81,17 @@ class Sampler(Levels):
         def at(x: Tensor, t: Tensor, cond: Tensor | None) -> Pair:
             return self._both(x, t, r.repeat(len(t) // len(r)), cond)
 
-        if self.guidance == 1 or self.cond is None:
-            return at(x, t, self.cond)
-        return guided(at, self.cond, self.null, self.guidance)(x, t)
+        plain = self.guidance == 1 or self.cond is None
+        ask = guided(at, self.cond, self.null, self.guidance) if not plain else None
+        found = at(x, t, self.cond) if plain else ask(x, t)
+        self.last["guess"] = found[0]
+        return found
 
     def _both(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Pair:
         inputs = {"xt": x, "t": t, "time": t, "r": r, "cond": cond, "null": None}
         inputs |= {name: torch.full_like(t, value) for name, value in self.given.items()}
+        guess = self.last.get("guess", torch.zeros_like(x[: len(self.index)]))
+        inputs["guess"] = guess.repeat(len(x) // len(guess), *(1,) * (x.dim() - 1))
         inputs["step"] = torch.zeros(())
         draws = _draws(self.index.repeat(len(t) // len(self.index)))
         values = self.estimate(inputs, draws, self.nets, self.estimate_tables)

@@ -44,6 +44,7 @@ from difftrain.training import own
 ESTIMATES = ("x0_hat", "eps_hat")
 ARRAYS = "arrays"  # the source of what is no picture
 LEVELS = ("alpha", "sigma", "row_a")
+GUESS = "guess"  # an earlier estimate that the network is shown
 NOISE = "eps@0"  # as drawn: what a strategy adds to it is for training alone
 RUNTIME = {  # what may be set without compiling again
     "data": ("source", "size", "batch", "captions"),
@@ -139,10 +140,11 @@ def compile_source(source: Source, settings: Mapping[str, str] | None = None) ->
 
 
 def moment(objective: Objective) -> list[str]:
-    """What a solver decides: xt, the time, the earlier one where there is one, and the guidance
-    that the network is given."""
+    """What a solver decides: xt, the time, the earlier one where there is one, the last estimate
+    where the network is shown it, and the guidance that the network is given."""
     later = ["r"] if "r" in objective.equations.versions else []
-    return ["xt", clock(objective.equations), *later, *own_guidance(objective)]
+    earlier = [n for n in (GUESS,) if n in objective.backbone.interface.inputs]
+    return ["xt", clock(objective.equations), *later, *earlier, *own_guidance(objective)]
 
 
 def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
