@@ -248,10 +248,8 @@ def _run(subject: Subject) -> list[str]:
     lines = [f"conditions: {_dropping(subject)}", f"network: {_backbone(subject.objective)}"]
     for kind, tell in RUNS.items():
         run = subject.spec.runs.get(kind)
-        lines.append(
-            f"{kind}: "
-            + (tell(run, subject.objective) if run else f"this spec has no `{kind}` block")
-        )
+        told = tell(run, subject.objective) if run else f"this spec has no `{kind}` block"
+        lines.append(f"{kind}: {told}")
     return lines
 
 

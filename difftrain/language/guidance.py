@@ -10,8 +10,8 @@ from difftrain.language.worlds import Frame
 def own_guidance(objective: Objective) -> dict[str, tuple[float, float]]:
     """Input of the network -> (a, b): at guidance g (Imagen form) it is given a * g + b.
 
-    A block says `has_guidance = 1 + w`, the guidance that is in its network at w; the network is guided
-    if it is given that w.
+    A block says `has_guidance = 1 + w`, the guidance that is in its network at w; the network is
+    guided if it is given that w.
     """
     derivation = objective.derivation()
     found = {}
