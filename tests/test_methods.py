@@ -290,6 +290,13 @@ WRONG = {
         },
         "`vp` has no `steps`",
     ),
+    "no score": (
+        {
+            "lines": STRAIGHT + "eps ~ uniform_noise(x0, -1, 1)",
+            "solver": "euler_maruyama(steps = 3)",
+        },
+        "`euler_maruyama` cannot sample `o`",
+    ),
     "no such estimate": (
         {"lines": TRIG + "strategy = sct"},
         "`euler` cannot sample `o`",

@@ -92,7 +92,7 @@ def _no_solver(case: Case, run, name: str, quantity: str, problem: Finding | Non
     process = case.slot("process")
     if problem:
         because = f"it reads `{quantity}`, and {problem.because or problem.message}"
-        hint = "choose a solver that does not, such as `multistep`"
+        hint = problem.help or "choose a solver that does not, such as `multistep`"
         at = Label(run.written.get("solver", run.span))
         title = case.objective.name
         return Finding("DIF216", f"`{name}` cannot sample `{title}`", at, (), because, hint)
