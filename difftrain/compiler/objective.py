@@ -19,7 +19,6 @@ from difftrain.language.derive import INPUTS
 from difftrain.language.finding import Finding, Label, SpecError
 from difftrain.language.meaning import lacking
 from difftrain.language.nearest import nearest
-from difftrain.language.numbers import draws as draws_of
 from difftrain.language.numbers import value
 from difftrain.language.scheduler import with_scheduler
 from difftrain.language.scope import DERIVED
@@ -107,7 +106,9 @@ class Objective(nn.Module):
         rows = torch.arange(len(like), device=like.device) if index is None else index
         draws = Draws(seed, step, rows, _wide(like.dtype), dropout=self.training)
         step = torch.as_tensor(step, device=like.device)
+        counted = {n for n, law in program.graph.laws.items() if _counts(law)}
         data = {n: v if n in OPTIONAL else _widened(v) for n, v in given.items()}
+        data |= {n: _real(v, draws.dtype) for n, v in data.items() if n not in counted}
         inputs = {**dict.fromkeys(OPTIONAL), "step": step, **data}
         nets = {name: _in_own_type(net, like.dtype) for name, net in self.nets.items()}
         values = program.compute(inputs, draws, nets, program.tables(like.device, draws.dtype))
@@ -252,8 +253,12 @@ class Objective(nn.Module):
 
     def _levels(self) -> int | None:
         """How many levels a discrete process has."""
-        found = [d for d in draws_of(self.declared.quantity("t")) if d["law"] == "integer"]
-        return int(value(found[0].args[0], {})) if found else None
+        tables = [t.args[0] for t in walk(self.declared.quantity("alpha")) if t.op == "pick"]
+        if tables:
+            return len(value(tables[0], {}))
+        own = self.declared.equations.process_time()
+        law = own and self.declared.derivation().law(own)
+        return int(value(law.args[0], {})) if law and _counts(law) else None
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha * x0 + sigma * noise at timesteps [B]."""
@@ -295,6 +300,17 @@ def _in_own_type(net, given: torch.dtype):
 def _widened(value):
     """Data in half precision as float32: levels and residuals need the digits."""
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
+def _counts(law: Term) -> bool:
+    """Whether a law is that of an index, which stays a whole number."""
+    return law.op == "draw" and law["law"] in ("integer", "choice")
+
+
+def _real(value, dtype: torch.dtype):
+    """One whole number a sample, where a real one is meant, in the precision of the draws."""
+    whole = isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+    return value.to(dtype) if whole and value.dim() == 1 else value
 
 
 def _like(given: Mapping) -> Tensor:
