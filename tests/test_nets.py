@@ -232,7 +232,7 @@ def test_guidance_inside_training_drops_nothing(x0, eps):
 
     ours = objective(body(f"{PLAIN}\n{JUMP}", "custom(times = [t, r], dropout = 0.5)"), network)
     ours.loss(x0, eps=eps, step=3)
-    assert sorted(handed) == [False, False, True, True] or sorted(handed) == [False, True, True]
+    assert sorted(handed) == [False, False, True]  # the derivative gives the forward beside it
 
 
 # ---- gradients

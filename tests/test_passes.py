@@ -62,12 +62,25 @@ def test_bind_numbers_every_stream():
         ("dream", (1, 1)),
         ("[dream, nudge]", (1, 2)),
         ("[dream, min_snr, drop_condition]", (1, 1)),
-        ("jumpy", (1, 1)),
+        ("jumpy", (1, 0)),
     ],
 )
 def test_forwards_with_and_without_gradient(strategy, counted):
     body = f"{LINEAR}\nprediction_type = flow\nstrategy = {strategy}"
     assert forwards(passed(body)) == counted
+
+
+@pytest.mark.parametrize(
+    ("body", "counted"),
+    [
+        ("target' = stop(target - t * ddt(pred))", (1, 0)),
+        ("flow' = stop(flow_hat)\ntarget' = stop(target - t * ddt(pred))", (1, 1)),
+        ("strategy = repa\ntarget' = stop(target - t * ddt(pred))", (1, 1)),
+    ],
+    ids=["shared", "its direction needs it first", "its features are read"],
+)
+def test_a_derivative_gives_the_forward_at_its_point(body, counted):
+    assert forwards(passed(f"{LINEAR}\nprediction_type = flow\n{body}")) == counted
 
 
 def test_forwards_before_the_passes_are_all_with_gradient():

@@ -26,6 +26,7 @@ RANK = {"lt": 1, "le": 1, "gt": 1, "ge": 1, "eq": 1, "ne": 1}
 RANK |= {"add": 2, "sub": 2, "mul": 3, "div": 3, "neg": 4, "pow": 5}
 ATOM = 9
 LEAVES = ("const", "module", "word", "text", "variable")  # written where they are used
+CALLED = ("network", "primal")  # what a network returned
 STATEMENTS = ("network", "jvp", "inverse", "apply", "input")  # always on a line of their own
 SHORT, LONG = 12, 62
 # What a value without a name of its own is called.
@@ -87,7 +88,7 @@ class Writer:
     def write(self, node: int) -> None:
         """Puts the node on a line of its own, or keeps its text for the one place that uses it."""
         if node in self.texts:
-            return  # the tokens of a network that was called for both
+            return  # what another call returned beside its value
         if self.graph[node]["op"] in BINDERS:
             self._along(node)
         text = self.text(node)
@@ -102,6 +103,9 @@ class Writer:
         self._shorten(node)
         text, name = self.text(node).text, self.name(node)
         left = f"_, {name}" if data["op"] == "jvp" else name
+        for primal in self._primals(node):
+            self.texts[primal] = Text(self.name(primal))
+            left = f"_, {name}, {self.texts[primal].text}"
         for tap in self._taps(node):
             self.texts[tap] = Text(self.name(tap))
             left = f"{name}, {self.texts[tap].text}"
@@ -111,6 +115,11 @@ class Writer:
         else:
             self.lines += assignment(left, text, self.indent)
         self.texts[node] = Text(name)
+
+    def _primals(self, node: int) -> list[int]:
+        """The node that stands for the forward inside a derivative, if it is used outside."""
+        users = self.graph.net.successors(node) if self.graph[node]["op"] == "jvp" else ()
+        return [u for u in users if self.graph[u]["op"] == "primal"]
 
     def _taps(self, node: int) -> list[int]:
         """The nodes that stand for what a network returns beside its output."""
@@ -176,11 +185,11 @@ class Writer:
         wanted = [n for n, output in self.graph.outputs.items() if output == node and "@" not in n]
         plain = [n for n in (*wanted, *data["names"]) if "~" not in n]
         if plain:
-            first = "pred" if data["op"] == "network" and "pred" in plain else plain[0]
+            first = "pred" if data["op"] in CALLED and "pred" in plain else plain[0]
             return self._local(first), True
         other = [n.partition("~")[0] for n in data["names"]]
         if other:
-            base = self._local(other[-1 if data["op"] == "network" else 0])
+            base = self._local(other[-1 if data["op"] in CALLED else 0])
         else:
             base = "shown" if data["kind"] == "condition" else PLAIN.get(data["op"], data["op"])
         return base, base not in self.plain
@@ -245,12 +254,17 @@ class Writer:
                 inner.write(member)
         function = self.functions[node] = self._free("along", "along")
         self.lines += ["", f"{self.indent}def {function}({', '.join(names)}):"]
-        self.lines += [*inner.lines, f"{inner.indent}return {inner.texts[body].text}", ""]
+        answer = [inner.texts[body].text]
+        answer += [inner.texts[self.graph[p]["attrs"]["inner"]].text for p in self._primals(node)]
+        self.lines += [*inner.lines, f"{inner.indent}return {', '.join(answer)}", ""]
 
     def _derivative(self, node: int) -> Text:
         t, xt, one, flow = (self.texts[a].text for a in self.graph[node]["args"][3:])
         pace = f"torch.ones_like({t})" if one == "1" else f"torch.full_like({t}, {one})"
-        return Text(f"torch.func.jvp({self.functions[node]}, ({t}, {xt}), ({pace}, {flow}))")
+        beside = ["has_aux=True"] * bool(self._primals(node))
+        return _call(
+            "torch.func.jvp", self.functions[node], f"({t}, {xt})", f"({pace}, {flow})", *beside
+        )
 
 
 def _constant(value) -> Text:

@@ -64,7 +64,7 @@ def _value(graph, node, values, inputs, draws, nets, inside):
             return inputs[attrs["name"]]
         case "draw":
             return getattr(draws, attrs["law"])(attrs["name"], *(values[a] for a in args))
-        case "network":
+        case "network" | "primal":
             return _network(graph, data, values, draws)
         case "tap":
             return _network(graph, graph[args[0]], values, draws, call_tapped)[1]
@@ -99,7 +99,8 @@ def _spread(value, kind: str, target: str, values, graph, args):
 
 
 def _network(graph, data, values, draws, call=call_network):
-    net, x, tau, cond, dropout, *extra = (values[a] for a in data["args"])
+    given = data["args"][data["op"] == "primal" :]
+    net, x, tau, cond, dropout, *extra = (values[a] for a in given)
     named = dict(zip(data["attrs"]["extras"], extra, strict=True))
     if dropout:
         named["masks"] = draws.masks

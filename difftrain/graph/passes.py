@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from difftrain.graph.cancel import cancel
 from difftrain.graph.graph import Graph, to_terms
+from difftrain.graph.primals import share_primals
 from difftrain.graph.verify import verify
 from difftrain.language.operations import OPERATIONS
 from difftrain.language.term import is_const
@@ -225,6 +226,7 @@ PASSES: tuple[Pass, ...] = (
     stop_gradients,
     prune,
     widen,
+    share_primals,
 )
 
 

@@ -15,6 +15,7 @@ OTHERS = {
     "draw": (0, ("law", "name")),
     "network": (5, ("extras",)),
     "jvp": (7, ()),
+    "primal": (6, ("extras", "inner")),
     "inverse": (5, ()),
     "tap": (1, ()),
     "apply": (2, ()),
