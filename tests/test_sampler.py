@@ -23,9 +23,10 @@ TRIG = "process = trig\nprediction_type = flow\nstrategy = trig_flow"
 MEAN_FLOW = "process = linear\nprediction_type = flow\nstrategy = mean_flow"
 
 
-def sampler(body: str, network=student, times="[t]", **parts) -> Sampler:
+def sampler(body: str, network=student, times="[t]", inputs="[]", **parts) -> Sampler:
     """The compiled objective with this body around a network, for two samples."""
-    text = f"diff 1\nobjective o {{\n{body}\nbackbone = custom(times = {times})\n}}\n"
+    backbone = f"custom(times = {times}, inputs = {inputs})"
+    text = f"diff 1\nobjective o {{\n{body}\nbackbone = {backbone}\n}}\n"
     spec, found = check(Source("test.diff", text))
     assert not [f for f in found if f.severity == "error"], found
     objective = spec.objective()
@@ -156,3 +157,41 @@ def test_pictures_are_the_same_in_any_company(monkeypatch):
     for together in (1, 2):
         torch.testing.assert_close(drawn(together, prompts), whole, rtol=0, atol=1e-4)
     torch.testing.assert_close(drawn(64, prompts[:2]), whole[:2], rtol=0, atol=1e-4)
+
+
+# ---- inputs of the network beside xt and t
+
+SELF = "process = linear\nprediction_type = sample\nstrategy = self_condition(0.5)"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_the_network_is_shown_its_last_answer(eps, guidance):
+    """Zeros at first, then the guided x0_hat of the evaluation before, whatever was drawn."""
+    shown, answers = [], []
+
+    def network(x, t, cond=None, guess=None):
+        shown.append(guess)
+        out = 0.5 * x + 0.1 * guess + column(t)
+        answers.append(out)
+        return out
+
+    cond = torch.ones(2, 1, dtype=torch.float64)
+    parts = {"cond": cond, "null": 0 * cond[:1], "guidance": guidance}
+    model = sampler(SELF, network, inputs="[guess]", **parts)
+    solvers.ddim(model, eps, grids.shifted(3), DRAWS)
+    assert len(shown) == 3 and shown[0].abs().max() == 0
+    for before, guess in zip(answers, shown[1:], strict=False):
+        assert all(torch.equal(part, before[:2]) for part in guess.split(2))
+
+
+def test_a_network_that_has_its_guidance_inside_is_given_it(eps):
+    given = []
+
+    def network(x, t, cond=None, w=None):
+        given.append(w)
+        return 0.1 * x
+
+    body = "process = ddpm\nprediction_type = epsilon\nstrategy = lcm"
+    model = sampler(body, network, inputs="[lcm.w]", given={"lcm.w": 6.5})
+    solvers.multistep(model, eps, grids.trailing(2, 1000), DRAWS)
+    assert [w.tolist() for w in given] == [[6.5, 6.5], [6.5, 6.5]]

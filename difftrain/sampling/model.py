@@ -38,12 +38,8 @@ class Levels:
     def _level(self, name: str, t: Tensor) -> Tensor:
         inputs = {"t": t, "time": t, "step": torch.zeros(())}
         value = self.level(inputs, _draws(torch.arange(len(t), device=t.device)), {}, self.tables)
-        dtype = t.dtype if t.is_floating_point() else torch.float32
-        return (
-            value[name]
-            if isinstance(value[name], Tensor)
-            else torch.full_like(t, value[name], dtype=dtype)
-        )
+        level = value[name]
+        return level if isinstance(level, Tensor) else torch.full_like(t, level, dtype=_real(t))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +85,18 @@ class Sampler(Levels):
 
     def _both(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Pair:
         inputs = {"xt": x, "t": t, "time": t, "r": r, "cond": cond, "null": None}
-        inputs |= {name: torch.full_like(t, value) for name, value in self.given.items()}
+        inputs |= {n: torch.full_like(t, v, dtype=_real(t)) for n, v in self.given.items()}
         guess = self.last.get("guess", torch.zeros_like(x[: len(self.index)]))
         inputs["guess"] = guess.repeat(len(x) // len(guess), *(1,) * (x.dim() - 1))
         inputs["step"] = torch.zeros(())
         draws = _draws(self.index.repeat(len(t) // len(self.index)))
         values = self.estimate(inputs, draws, self.nets, self.estimate_tables)
         return values["x0_hat"], values["eps_hat"]
+
+
+def _real(t: Tensor) -> torch.dtype:
+    """The type of numbers that go with times, which may be indices."""
+    return t.dtype if t.is_floating_point() else torch.float32
 
 
 def _draws(index: Tensor) -> Draws:
