@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import declare, near, spec_of
+from conftest import declare, near, spec_of, wide
 
 import difftrain
 from difftrain.compiler.draws import Draws
@@ -208,6 +208,42 @@ def test_a_grid_of_times_is_the_process_at_these_times(x0, eps, grid, prediction
     for name in QUANTITIES:
         scale = wanted[name].abs().max().clamp(min=1)
         assert (found[name] - wanted[name]).abs().max() <= 1e-12 * scale, name
+
+
+def two_times(x, t, cond=None, r=None):
+    return 0.3 * x + 0.1 * wide(t) ** 2 + 0.05 * wide(r) ** 3
+
+
+def jumping(process: str):
+    text = body(process, "flow", "strategy = mean_flow\nbackbone = custom(times = [t, r])")
+    spec, found = check(Source("test.diff", f"diff 1\nobjective o {{\n{text}\n}}\n"))
+    assert not found
+    return difftrain.objective(spec, two_times)
+
+
+def test_jumps_on_a_grid_are_those_between_its_times(x0, eps):
+    given = {"x0": x0, "eps": eps}
+    index = {"t": torch.tensor([299, 699]), "r": torch.tensor([99, 499])}
+    found = jumping("discrete(linear)").evaluate(("target", "loss"), {**given, **index})
+    times = {name: (i.double() + 1) / 1000 for name, i in index.items()}
+    wanted = jumping("linear").evaluate(("target", "loss"), {**given, **times})
+    for name in ("target", "loss"):
+        near(found[name], wanted[name].flatten().tolist(), 1e-12)
+
+
+def test_a_solver_tells_the_network_both_times_on_a_grid(x0):
+    time = {"time": torch.tensor([0.3, 0.7]).double(), "r": torch.tensor([0.1, 0.5]).double()}
+    ours = jumping("discrete(linear)")
+    found = ours._compute(("flow_hat",), {"xt": x0, **time}, ("xt", "time", "r"))["flow_hat"]
+    near(found, two_times(x0, time["time"], r=time["r"]).flatten().tolist())
+
+
+def test_the_flow_of_this_moment_on_a_grid(x0):
+    index = torch.tensor([299, 699])
+    time = (index.double() + 1) / 1000
+    near(
+        jumping("discrete(linear)").pred(x0, index), two_times(x0, time, r=time).flatten().tolist()
+    )
 
 
 def test_a_grid_offers_the_whole_interface(x0, eps):

@@ -19,7 +19,7 @@ from difftrain.language.part import Interface
 from difftrain.language.scope import Equations
 from difftrain.language.term import Term, const, leaf, make, rebuild
 from difftrain.language.tree import Call
-from difftrain.language.worlds import ALL, Frame, Problem
+from difftrain.language.worlds import ALL, Frame, Problem, World
 
 if TYPE_CHECKING:
     from difftrain.language.derive import Derivation
@@ -106,12 +106,18 @@ def _network(self: Derivation, expr: Call, frame: Frame) -> Term:
     world = frame.world
     net = self.read("net", world, expr)
     given = self.interface if net["name"] in (self.net, *self.averages) else Interface()
-    times = [self.read(n, world, expr) for n in given.times[1:]]
-    extra = [self.read("c_noise", world.swap({"t": t}), expr) for t in times]
+    extra = [_clocked(self, n, world, expr) for n in given.times[1:]]
     extra += [self.read(n, world, expr) for n in given.inputs]
     names = tuple(n.rpartition(".")[2] for n in (*given.times[1:], *given.inputs))
     masks = self.read("dropout", world, expr) if given.dropout else const(False)
     return leaf("network", "field", net, x, tau, cond, masks, *extra, span=expr.span, extras=names)
+
+
+def _clocked(self: Derivation, name: str, world: World, expr: Call) -> Term:
+    """What the network is told of a further time; a solver decides it on the clock of the path."""
+    decided = {name, "time"} <= dict(self.home.swaps).keys()
+    moved = "time" if decided else "t"
+    return self.read("c_noise", world.swap({moved: self.read(name, world, expr)}), expr)
 
 
 def _features(self: Derivation, expr: Call, frame: Frame) -> Term:

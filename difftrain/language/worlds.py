@@ -35,8 +35,10 @@ class World:
         return replace(self, caps=frozenset({**dict(self.caps), **versions}.items()))
 
     def swap(self, values: dict[str, object]) -> World:
+        """The world with names replaced; another t has the time that follows from it."""
+        kept = {n: v for n, v in self.swaps if n != "time" or "t" not in values}
         caps = frozenset((n, v) for n, v in self.caps if n not in values)
-        return replace(self, caps=caps, swaps=frozenset({**dict(self.swaps), **values}.items()))
+        return replace(self, caps=caps, swaps=frozenset({**kept, **values}.items()))
 
 
 HERE = World()
