@@ -11,8 +11,8 @@ from difftrain.graph.graph import Graph
 
 def share_primals(graph: Graph) -> Graph:
     """Needs: stop_gradients, widen. Ensures: a forward at the point of a derivative of the same
-    network is `primal` of that derivative (its first argument), unless the derivative's own
-    direction needs it first."""
+    network is `primal` of that derivative (its first argument), unless what the derivative
+    moves along needs it first."""
     graph = graph.copy()
     for node in graph.find("jvp"):
         for inner, outer in _pairs(graph, node):
@@ -50,7 +50,14 @@ def _key(graph: Graph, node: int, args) -> tuple:
 def _free(graph: Graph, node: int, outer: int) -> bool:
     """Whether the derivative can be computed before the forward outside is used."""
     tapped = any(graph[u]["op"] == "tap" for u in graph.net.successors(outer))
-    return not tapped and outer not in graph.below(node)
+    return not tapped and outer not in graph.below(node) and _beside(graph, node, outer)
+
+
+def _beside(graph: Graph, node: int, outer: int) -> bool:
+    """Whether every derivative of the forward outside contains this one, which else it would have
+    to compute as well."""
+    bodies = [graph.below(graph[n]["args"][0]) for n in graph.find("jvp")]
+    return all(node in body for body in bodies if outer in body)
 
 
 def _share(graph: Graph, node: int, inner: int, outer: int) -> None:
