@@ -236,6 +236,10 @@ def show(term: Term, names: dict[Term, str] | None = None, top: bool = True) -> 
         case "where":
             test, then, other = (inner(a, 2) for a in term.args)
             return f"if {test} then {then} else {other}"
+        case "tap":
+            return f"features({inner(term.args[0], 0)})"
+        case "apply":
+            return f"{term.args[0]['name']}({inner(term.args[1], 0)})"
         case op if op in _SYMBOLS:
             rank = _RANK.get(op, 1)
             left = inner(term.args[0], rank + (op == "pow"))
