@@ -96,12 +96,11 @@ def add_statements(equations, statements, scope, found, layer, use=None) -> None
     if use is not None and "needs" in remarks:
         advice = remarks["help"].value if isinstance(remarks.get("help"), Text) else ""
         needs = remarks["needs"]
-        items = needs.items if isinstance(needs, ListOf) else (needs,)
-        equations.needs += [Need(use, item, scope, advice) for item in items]
+        equations.needs += [Need(use, item, scope, advice) for item in _items(needs)]
     if use is not None and "lacks" in remarks:
         why = remarks["because"].value if isinstance(remarks.get("because"), Text) else ""
-        for item in remarks["lacks"].items:
-            equations.lacks[item.dotted] = Lack(use.definition.name, why)
+        named = [item for item in _items(remarks["lacks"]) if isinstance(item, Name)]
+        equations.lacks |= {n.dotted: Lack(use.definition.name, why) for n in named}
     if use is not None and "has_guidance" in remarks:
         equations.guided[use.label] = (remarks["has_guidance"], scope)
     for node in statements:
@@ -111,6 +110,11 @@ def add_statements(equations, statements, scope, found, layer, use=None) -> None
             _base(equations, node, scope, found, layer, before)
         elif isinstance(node, Redefine):
             _prime(equations, node, scope, found)
+
+
+def _items(value: Expr) -> tuple[Expr, ...]:
+    """What a remark lists; one thing needs no brackets."""
+    return value.items if isinstance(value, ListOf) else (value,)
 
 
 def _base(equations, node, scope, found, layer, before) -> None:

@@ -12,6 +12,7 @@ from difftrain.language.rules.case import Case, shown
 from difftrain.language.spec import Spec, top_line
 from difftrain.language.term import Term, is_const, walk
 from difftrain.language.tree import Block, Redefine
+from difftrain.language.worlds import Problem
 
 STEPS = (1, 2, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 NEEDED = {"train": ("data", "train"), "compile": ("data", "train"), "sample": ("sample",)}
@@ -54,8 +55,12 @@ def guidance(case: Case, found: list[Finding]) -> None:
     run = case.spec.runs.get("sample")
     scale = run.values.get("guidance") if run else None
     dropped = case.term("dropped")
-    if case.objective.backbone and own_guidance(case.objective):
-        return  # its guidance is inside
+    try:
+        if case.objective.backbone and own_guidance(case.objective):
+            return  # its guidance is inside
+    except Problem as problem:
+        found.append(problem.finding)
+        return
     if scale in (None, 1) or dropped is None or not is_const(dropped) or dropped.value:
         return
     trained = case.objective.backbone and case.objective.backbone.part.options.get("weights")
