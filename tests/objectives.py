@@ -119,6 +119,8 @@ METHODS = {  # with several nets, heads, copies, grids and laws of their own
     "mean-flow": f"{STRAIGHT}strategy = mean_flow\n{TWO}",
     "mean-flow-guided": f"{STRAIGHT}strategy = [mean_flow(0.5, omega = 1.5, kappa = 0.25,"
     f" start = 0.1, end = 0.9), drop_condition(0.5)]\n{TWO}",
+    "mean-flow-bent": f"{STRAIGHT}strategy = mean_flow\n{TWO}\nbend = mean(ddt(ddt(pred))^2)\n"
+    "loss = fit + 0.001 * bend",
     "sct": TRIG.format("sct(warmup = 10)"),
     "scd": TRIG.format("[scd(warmup = 10, scale = 2), drop_condition(0.5)]"),
     "ct": EDM.format("ct(total = 20)"),

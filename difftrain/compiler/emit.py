@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from difftrain.compiler.interpret import BINDERS, bound, inside_derivatives
+from difftrain.compiler.interpret import BINDERS, bound, inside_derivatives, members
 from difftrain.compiler.operations import CHANNELS, FUNCTIONS, INFIX, ON_TENSORS
 from difftrain.compiler.printing import (
     INDENT,
@@ -153,10 +153,11 @@ class Writer:
     def _shorten(self, node: int) -> None:
         """Gives arguments lines of their own until the node fits on one."""
         while len(self.text(node).text) + len(self.indent) + 16 > WIDTH:
-            parts = [a for a in self.graph[node]["args"] if not self._text(a).short]
+            given = [a for a in self.graph[node]["args"] if a in self.texts]  # not what is bound
+            parts = [a for a in given if not self.texts[a].short]
             if not parts:
                 return
-            self.state(max(parts, key=lambda a: len(self._text(a).text)))
+            self.state(max(parts, key=lambda a: len(self.texts[a].text)))
 
     # ---- names
 
@@ -200,9 +201,6 @@ class Writer:
         return last if self.last[last] <= 1 else re.sub(r"\W", "_", name)
 
     # ---- texts
-
-    def _text(self, node: int) -> Text:
-        return self.texts.get(node) or self.text(node)
 
     def text(self, node: int) -> Text:
         """The expression of a node in terms of its arguments' texts."""
@@ -248,10 +246,8 @@ class Writer:
         inner = Writer(self.graph, dict(self.texts), [], self.called, {}, self.indent + INDENT)
         names = [inner.name(v) for v in variables]
         inner.texts |= {v: Text(n) for v, n in zip(variables, names, strict=True)}
-        inside, below = inside_derivatives(self.graph), self.graph.below(body)
-        for member in self.graph.order():
-            if member in inside and member in below and self.graph[member]["op"] != "variable":
-                inner.write(member)
+        for member in members(self.graph, node):
+            inner.write(member)
         function = self.functions[node] = self._free("along", "along")
         self.lines += ["", f"{self.indent}def {function}({', '.join(names)}):"]
         answer = [inner.texts[body].text]

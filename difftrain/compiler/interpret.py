@@ -47,6 +47,21 @@ def bound(graph: Graph, node: int) -> tuple[int, tuple[int, ...], tuple[int, ...
     return body, tuple(rest[:count]), tuple(rest[count:])
 
 
+def members(graph: Graph, node: int) -> list[int]:
+    """What the body of a binder computes for each value of its variables, without what only the
+    binders in it compute."""
+    body, variables, _ = bound(graph, node)
+    below, inside = graph.below(body), inside_derivatives(graph)
+    others = {n for n in below if graph[n]["op"] in BINDERS}
+    hidden = {v for n in others for v in bound(graph, n)[1]} - {*variables}
+    for member in (n for n in graph.order() if n in below):
+        within = any(a in hidden for a in graph[member]["args"])
+        if within and not (member in others and _closed(graph, member, hidden)):
+            hidden.add(member)
+    shown = (below & inside) - hidden
+    return [n for n in graph.order() if n in shown and graph[n]["op"] != "variable"]
+
+
 def _closed(graph: Graph, node: int, inside: set[int]) -> bool:
     """Whether a binder depends on no variable but its own."""
     return not any(a in inside for a in bound(graph, node)[2])
@@ -111,13 +126,12 @@ def _network(graph, data, values, draws, call=call_network):
 
 def _bound(graph, node, values, inputs, draws, nets, inside):
     body, variables, rest = bound(graph, node)
-    members = [n for n in graph.order() if n in inside and n in graph.below(body)]
+    computed = members(graph, node)
 
     def function(*at):
         local = {**values, **dict(zip(variables, at, strict=True))}
-        for member in members:
-            if member not in variables:
-                local[member] = _value(graph, member, local, inputs, draws, nets, inside)
+        for member in computed:
+            local[member] = _value(graph, member, local, inputs, draws, nets, inside)
         return local[body]
 
     outside = [values[a] for a in rest]
