@@ -19,6 +19,7 @@ class Draws:
     index: Tensor
     dtype: torch.dtype = torch.float32
     dropout: bool = True  # whether networks drop anything
+    never: tuple[str, ...] = ()  # streams of chances that never come true
 
     @property
     def masks(self) -> Draws | None:
@@ -44,6 +45,8 @@ class Draws:
 
     def bernoulli(self, stream: str, p) -> Tensor:
         """[B], true with probability p."""
+        if stream in self.never:
+            return torch.zeros_like(self.index, dtype=torch.bool)
         return random.bernoulli(stream, *self.key, p)
 
     def choice(self, stream: str, weights) -> Tensor:

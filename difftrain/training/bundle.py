@@ -165,6 +165,7 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
         "precision": f"{train['precision']} forwards, fp32 weights, moments and average",
         "shapes": {"batch": data["batch"], **picture_shape(data)},
         "streams": [d["name"] for d in draws(loss)],
+        "dropping": [d["name"] for d in draws(derivation.read("dropped"))],
         "time": horizon(objective),
         "guidance": own_guidance(objective),
     }

@@ -33,6 +33,7 @@ class Programs:
     estimates: object
     levels: object
     tables: Mapping[str, Mapping[str, Tensor]]
+    dropping: tuple[str, ...]  # the draws that decide who loses the condition
     noise: object = None  # the noise's own law, where it is not standard normal
 
 
@@ -44,7 +45,7 @@ def programs(bundle: Bundle, device) -> Programs:
         name: {k: v.to(device, torch.float32) for k, v in module.tables().items()}
         for name, module in modules.items()
     }
-    return Programs(**modules, tables=tables)
+    return Programs(**modules, tables=tables, dropping=tuple(bundle.manifest["dropping"]))
 
 
 # ---- samples
@@ -147,10 +148,11 @@ def validate(
     if unseen.tokens is not None:
         captions = [record.caption for record in unseen.pictures.records]
         cond = nets["text"](unseen.tokens(captions).to(device))
+    null = None if cond is None else nets["text"](parts.null_ids(device))
     other = None if cond is None else cond.roll(len(cond) // 2 or 1, 0)
 
     def loss(network: Callable, cond: Tensor | None) -> float:
-        known = {"cond": cond, "null": cond, "step": state["updates"]}
+        known = {"cond": cond, "null": null, "step": state["updates"]}
         return _mean_loss(made, {**nets, "student": network}, inputs, known)
 
     always = _mean_network(made, parts, nets["student"], inputs["x0"].mean(0, keepdim=True))
@@ -168,11 +170,15 @@ def _mean_loss(made: Programs, nets: Mapping, inputs: Mapping, known: Mapping) -
     for k in range(ROUNDS):
         for rows in torch.arange(count, device=device).split(AT_ONCE):
             given = {n: v[rows] for n, v in inputs.items()}
-            given |= {n: v if v is None or not v.dim() else v[rows] for n, v in known.items()}
-            draw = Draws(SEED, k, rows, dropout=False)
+            given |= {n: v[rows] if _by_row(v, count) else v for n, v in known.items()}
+            draw = Draws(SEED, k, rows, dropout=False, never=made.dropping)
             values = made.step.compute(given, draw, nets, made.tables["step"])
             total += values["loss"].float().mean().item() * len(rows)
     return total / count / ROUNDS
+
+
+def _by_row(value: Tensor | None, count: int) -> bool:
+    return value is not None and value.dim() > 0 and len(value) == count
 
 
 def _mean_network(made: Programs, parts: Parts, student: Callable, mean: Tensor) -> Callable:
