@@ -125,6 +125,26 @@ def test_an_index_has_a_density_too():
     near(values["fit"] / values["fit@0"], [0.02] * 4)
 
 
+def test_a_density_is_zero_where_its_law_gives_nothing():
+    more = "t ~ uniform(0, 0.5)\nstrategy = importance(uniform(0, 1))"
+    values = drawn(declare(body("linear", "flow", more)), "t", "loss", "fit")
+    weight = values["loss"] / values["fit"]
+    assert set(weight.tolist()) == {0.0, 2.0}
+    assert ((weight == 2) == (values["t"] <= 0.5)).all()
+
+
+@pytest.mark.parametrize(
+    "law", ["min(1, abs(normal(0, 0.3)))", "abs(2 * uniform(0, 1) - 1)", "floor(2 * uniform(0, 1))"]
+)
+def test_a_law_that_gives_some_times_twice_has_no_density(law):
+    (finding,) = findings(body("linear", "flow", f"strategy = importance({law})"))
+    assert finding.code == "DIF215" and "monotone map" in finding.because
+
+
+def test_an_end_that_is_zero_but_for_rounding_is_zero():
+    assert findings(body("gvp", "flow", "snr ~ exp(normal(0, 2))")) == []
+
+
 def test_a_law_of_two_draws_has_no_density():
     text = body("linear", "flow", "t ~ earlier(uniform(0, 1), 0.5)\nfit' = density(t, t) * fit")
     assert "DIF215" in [f.code for f in findings(text)]

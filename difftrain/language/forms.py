@@ -13,17 +13,18 @@ from difftrain.language import mistakes
 from difftrain.language.calculus import NoDerivative, derivative
 from difftrain.language.finding import Finding, Label
 from difftrain.language.inverse import solved
-from difftrain.language.numbers import between, draws, support
+from difftrain.language.numbers import Support, between, draws, support
 from difftrain.language.numbers import value as number_of
 from difftrain.language.part import Interface
 from difftrain.language.scope import Equations
-from difftrain.language.term import Term, const, leaf, make, rebuild
+from difftrain.language.term import Term, const, leaf, make, rebuild, walk
 from difftrain.language.tree import Call
 from difftrain.language.worlds import ALL, Frame, Problem, World
 
 if TYPE_CHECKING:
     from difftrain.language.derive import Derivation
 
+NOTHING = 1e-15  # of cos(pi / 2) and the like: 0 in doubles
 STILL = ("r", "cond", "guess", "x0", "eps")  # what `ddt` holds fixed, beside every draw
 # Modules that are applied to a value: the kind that each is given, and the kind that it returns.
 HEADS = {
@@ -182,6 +183,7 @@ def _inverse(self: Derivation, expr: Call, frame: Frame) -> Term:
 def _end(body: Term, moving: Term, t: float) -> float:
     """The value of a quantity at an end of t; infinite where it has none there."""
     found = number_of(body, {moving: t})
+    found = 0.0 if abs(found) < NOTHING else found
     most = 60 if body.op == "log" else 1e12  # beyond what doubles tell from an open end
     if not math.isnan(found):
         return found if abs(found) < most else math.copysign(math.inf, found)
@@ -190,8 +192,15 @@ def _end(body: Term, moving: Term, t: float) -> float:
 
 
 def _monotone(body: Term, moving: Term, low: float, high: float) -> bool:
-    shares = [i / 16 for i in range(1, 16)]
-    seen = [number_of(body, {moving: between(low, high, s)}) for s in shares]
+    return _runs_one_way(_seen(body, moving, low, high))
+
+
+def _seen(body: Term, moving: Term, low: float, high: float) -> list[float]:
+    """The values of a quantity at some points between two ends."""
+    return [number_of(body, {moving: between(low, high, i / 16)}) for i in range(1, 16)]
+
+
+def _runs_one_way(seen: list[float]) -> bool:
     return all(a < b for a, b in pairwise(seen)) or all(a > b for a, b in pairwise(seen))
 
 
@@ -203,24 +212,50 @@ def _density(self: Derivation, expr: Call, frame: Frame) -> Term:
     at = self.number(wanted.value, frame)
     leaves = draws(drawn)
     if len(leaves) != 1 or leaves[0]["law"] not in ("uniform", "normal", "integer"):
-        text = f"`{expr.args[0].span.text}` has no density that could be written down"
-        because = "a density is that of a monotone map of one uniform or normal draw"
-        raise Problem(Finding("DIF215", text, Label(expr.args[0].span), because=because))
+        raise Problem(mistakes.no_density(law))
     (draw,) = leaves
     if draw["law"] == "integer":
         return 1 / draw.args[0]
     base = leaf("variable", "sample", name="base")
     body = rebuild(drawn, lambda term, args: base if term is draw else None)
-    first, second = draw.args
     uniform = draw["law"] == "uniform"
     low, high = (number_of(a, {}) for a in draw.args) if uniform else (-math.inf, math.inf)
+    if _turns(body, base, low, high):
+        raise Problem(mistakes.no_density(law))
     found = solved(body, base, at, low, high)
-    slope = rebuild(derivative(body, base), lambda term, args: found if term is base else None)
-    if uniform:
-        return 1 / ((second - first) * make("abs", slope))
-    z = (found - first) / second
-    bell = make("exp", -(z**2) / 2) / (second * math.sqrt(2 * math.pi))
-    return bell / make("abs", slope)
+    try:
+        rise = derivative(body, base)
+    except NoDerivative:
+        raise Problem(mistakes.no_density(law)) from None
+    slope = rebuild(rise, lambda term, args: found if term is base else None)
+    share = _base_density(draw, found) / make("abs", slope)
+    moves = any(term.op == "input" for term in walk(drawn))  # so its ends are no constants
+    return share if moves else _within(share, at, support(drawn))
+
+
+def _base_density(draw: Term, at: Term) -> Term:
+    """How likely a uniform or normal draw is a value."""
+    first, second = draw.args
+    if draw["law"] == "uniform":
+        return 1 / (second - first)
+    bell = make("exp", -(((at - first) / second) ** 2) / 2)
+    return bell / (second * math.sqrt(2 * math.pi))
+
+
+def _within(share: Term, at: Term, ends: Support) -> Term:
+    """A density, which is 0 outside the ends of its law, where values could lie there."""
+    asked = support(at)
+    if not ends or (asked and ends.low <= asked.low and asked.high <= ends.high):
+        return share
+    for test, end in (("ge", ends.low), ("le", ends.high)):
+        share = make("where", make(test, at, const(end)), share, const(0))
+    return share
+
+
+def _turns(body: Term, moving: Term, low: float, high: float) -> bool:
+    """Whether a map of one draw is known to give some value twice."""
+    seen = _seen(body, moving, low, high)
+    return not any(math.isnan(v) for v in seen) and not _runs_one_way(seen)
 
 
 def _gaussian(self: Derivation, expr: Call, frame: Frame) -> Term:

@@ -152,6 +152,12 @@ def head(expr: Call, takes: str, given: str) -> Finding:
     return Finding("DIF121", text, Label(expr.span), help=hint)
 
 
+def no_density(law: Argument) -> Finding:
+    text = f"`{law.span.text}` has no density that could be written down"
+    because = "a density is that of a monotone map of one uniform or normal draw"
+    return Finding("DIF215", text, Label(law.span), because=because)
+
+
 def not_monotone(quantity: Argument, expr: Call) -> Finding:
     return Finding(
         "DIF215",
