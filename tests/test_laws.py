@@ -92,6 +92,12 @@ def test_a_law_outside_the_levels_names_one_that_is_inside():
     assert findings(body("vp", "epsilon", edit)) == []
 
 
+def test_a_law_of_what_no_time_leads_to_is_its_own():
+    values = drawn(declare(body("linear", "flow", "dropped ~ bernoulli(0.5)")), "t", "dropped")
+    assert values["dropped"].dtype == torch.bool and len(values["dropped"].unique()) == 2
+    assert values["t"].unique().numel() == 64
+
+
 def test_a_law_of_what_does_not_decide_t():
     assert [f.code for f in findings(body("linear", "flow", "det ~ uniform(0, 1)"))] == ["DIF215"]
 

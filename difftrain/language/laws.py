@@ -5,7 +5,7 @@ t is then the time at which the quantity has the drawn value.
 
 from __future__ import annotations
 
-from difftrain.language.scope import Equations
+from difftrain.language.scope import Equations, parts
 from difftrain.language.tree import Argument, Call, Draw, Name, Statement
 
 TIME, INVERSE = "t", "inverse"
@@ -17,11 +17,21 @@ def on_time(body: list[Statement], equations: Equations) -> list[Statement]:
 
 
 def _decided(node: Statement, equations: Equations) -> bool:
-    """Whether a draw is of something that has an equation already."""
+    """Whether a draw is of something that has an equation already, which leads to t."""
     if not isinstance(node, Draw) or node.name == TIME:
         return False
-    earlier = equations.versions.get(node.name)
-    return bool(earlier) and earlier[0].form == "="
+    return TIME in _read(node.name, equations, set())
+
+
+def _read(name: str, equations: Equations, seen: set[str]) -> set[str]:
+    """The quantities that a defined one is computed from, itself included."""
+    (first, *_) = equations.versions.get(name, (None,))
+    seen.add(name)
+    if first is not None and first.form == "=":
+        inner = [".".join(e.path) for e in parts(first.value) if isinstance(e, (Name, Call))]
+        for read in {first.scope.locals.get(n, n) for n in inner} - seen:
+            _read(read, equations, seen)
+    return seen
 
 
 def _moved(node: Draw) -> Draw:
