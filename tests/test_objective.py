@@ -295,6 +295,21 @@ def test_pred_is_not_redefined_by_a_strategy(x0):
     close(plain.score(x0, T), other.score(x0, T))
 
 
+@pytest.mark.parametrize("told", ["0.4", "min(1, step / 10)"])
+def test_a_network_is_told_one_number_for_each_sample(x0, told):
+    seen = []
+
+    def network(x, t, cond=None):
+        seen.append(t)
+        return 0.3 * x
+
+    text = f"process = linear\nprediction_type = flow\nc_noise' = {told}"
+    declare(text, network).loss(x0, step=4)
+    (t,) = seen
+    assert t.shape == (len(x0),) and t.is_floating_point()
+    assert (t - 0.4).abs().max() < 1e-6
+
+
 def test_the_tangent_of_a_discrete_process_is_told(x0):
     objective = declare(DDPM)
     close(objective.score(x0, torch.tensor([5, 9])).shape, x0.shape)

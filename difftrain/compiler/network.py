@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from difftrain.answer import unwrap
@@ -11,8 +12,8 @@ from difftrain.answer import unwrap
 
 def call_network(net, x: Tensor, tau: Tensor, cond, **extra) -> Tensor:
     """The output [B, ...] of `net(x, tau, cond, **extra)`; tau [B] keeps its own precision. A
-    condition of one row, such as the null one, stands for every sample."""
-    return unwrap(net(x, tau, for_each(cond, len(x)), **extra))
+    condition of one row, such as the null one, stands for every sample, and so does one number."""
+    return unwrap(_asked(net, x, tau, cond, extra))
 
 
 def call_tapped(net, x: Tensor, tau: Tensor, cond, **extra) -> tuple[Tensor, Tensor]:
@@ -20,13 +21,25 @@ def call_tapped(net, x: Tensor, tau: Tensor, cond, **extra) -> tuple[Tensor, Ten
 
     Raises ValueError for a network that returns nothing beside its output.
     """
-    answer = net(x, tau, for_each(cond, len(x)), **extra)
+    answer = _asked(net, x, tau, cond, extra)
     if not isinstance(answer, tuple | list) or len(answer) < 2:
         raise ValueError(
             "the objective reads `tap`, and the network returned its output alone: return"
             " `(output, tokens)`"
         )
     return answer[0], answer[1]
+
+
+def _asked(net, x: Tensor, tau, cond, extra: Mapping):
+    told = {name: _spread(value, x) for name, value in extra.items()}
+    return net(x, _spread(tau, x), for_each(cond, len(x)), **told)
+
+
+def _spread(value, x: Tensor):
+    """One number for the whole batch as [B], at least in fp32."""
+    if isinstance(value, int | float):
+        value = x.new_tensor(value, dtype=torch.promote_types(x.dtype, torch.float32))
+    return value.expand(len(x)) if isinstance(value, Tensor) and value.dim() == 0 else value
 
 
 def apply_module(module, x: Tensor) -> Tensor:
