@@ -98,6 +98,12 @@ def test_a_law_of_what_no_time_leads_to_is_its_own():
     assert values["t"].unique().numel() == 64
 
 
+@pytest.mark.parametrize("first", ["t ~ uniform(0, 1)", "snr ~ exp(normal(0, 1))", "t = 0.5"])
+def test_one_law_alone_can_say_what_t_is(first):
+    found = findings(body("linear", "flow", f"{first}\nlogsnr ~ normal(0, 2)"))
+    assert [f.code for f in found] == ["DIF109"] and "two laws" in found[0].message
+
+
 def test_a_law_of_what_does_not_decide_t():
     assert [f.code for f in findings(body("linear", "flow", "det ~ uniform(0, 1)"))] == ["DIF215"]
 

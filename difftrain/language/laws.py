@@ -5,15 +5,24 @@ t is then the time at which the quantity has the drawn value.
 
 from __future__ import annotations
 
+from difftrain.language.finding import Finding, Label
 from difftrain.language.scope import Equations, parts
-from difftrain.language.tree import Argument, Call, Draw, Name, Statement
+from difftrain.language.tree import Argument, Call, Define, Draw, Name, Statement
 
 TIME, INVERSE = "t", "inverse"
 
 
-def on_time(body: list[Statement], equations: Equations) -> list[Statement]:
+def on_time(body: list[Statement], equations: Equations, found: list[Finding]) -> list[Statement]:
     """The statements with each law on a quantity that t decides as a law of t."""
-    return [_moved(s) if _decided(s, equations) else s for s in body]
+    moved = [_moved(s) if _decided(s, equations) else s for s in body]
+    laws = [s for s in moved if isinstance(s, Define | Draw) and s.name == TIME]
+    if len(laws) > 1 and any(law not in body for law in laws):
+        first, second = laws[:2]
+        text, also = "`t` has two laws in one objective", Label(first.head, "the first one")
+        because = "a law of a quantity that `t` decides is a law of `t`"
+        at, hint = Label(second.head), "delete one"
+        found.append(Finding("DIF109", text, at, (also,), because, hint))
+    return moved
 
 
 def _decided(node: Statement, equations: Equations) -> bool:

@@ -164,7 +164,7 @@ def build_objective(block: Block, names: Names, found: list[Finding]) -> Objecti
     }
     for use in (*uses.get("process", ()), *uses.get("prediction_type", ())):
         add_use(equations, use, found, "base")
-    add_statements(equations, on_time(body, equations), scope, found, "base")
+    add_statements(equations, on_time(body, equations, found), scope, found, "base")
     for use in uses.get("strategy", ()):
         add_use(equations, use, found, "strategy")
     for slot in ("process", "prediction_type", "backbone"):
