@@ -295,6 +295,15 @@ def test_pred_is_not_redefined_by_a_strategy(x0):
     close(plain.score(x0, T), other.score(x0, T))
 
 
+def test_a_level_of_a_fixed_index_is_read(x0, eps):
+    text = "process = ddpm(steps = 8)\nprediction_type = epsilon\nloss = fit * alpha(t = 3)"
+    objective = declare(text)
+    given = {"x0": x0, "eps": eps, "t": torch.arange(len(x0))}
+    values = objective.evaluate(("loss", "fit"), given)
+    level = objective.alphas_cumprod[3].sqrt()
+    torch.testing.assert_close(values["loss"], values["fit"] * level)
+
+
 @pytest.mark.parametrize("told", ["0.4", "min(1, step / 10)"])
 def test_a_network_is_told_one_number_for_each_sample(x0, told):
     seen = []

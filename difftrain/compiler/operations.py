@@ -66,8 +66,8 @@ def numel(x: Tensor) -> Tensor:
 
 
 def pick(table: Tensor, index: Tensor) -> Tensor:
-    """The entries of a table [N] at an index [B]."""
-    return table[index.long()]
+    """The entries of a table [N] at an index [B], or the one at a plain number."""
+    return table[index.long() if isinstance(index, Tensor) else int(index)]
 
 
 def smaller(a, b) -> Tensor:
