@@ -289,3 +289,12 @@ def test_help_was_tried_out():
     first, second = re.findall(r"`([^`]*)`", finding.help)
     assert said("linear", first) == []
     assert said("linear", "epsilon", second) == []
+
+
+def test_what_a_base_needs_is_needed_by_what_is_made_from_it():
+    text = """diff 1
+strategy mine from consistency { needs = [alpha <= 2] }
+objective o { process = ve, prediction_type = epsilon, strategy = mine, backbone = custom }
+"""
+    _, found = check(Source("test.diff", text))
+    assert "DIF205" in [f.code for f in found]

@@ -92,17 +92,8 @@ def add_statements(equations, statements, scope, found, layer, use=None) -> None
     """Adds statements of one block, in order."""
     primed = {s.name for s in statements if isinstance(s, Redefine)}
     before = {n: equations.newest(n) for n in primed if n in equations.versions}
-    remarks = {s.name: s.value for s in statements if isinstance(s, Define) and s.name in REMARKS}
-    if use is not None and "needs" in remarks:
-        advice = remarks["help"].value if isinstance(remarks.get("help"), Text) else ""
-        needs = remarks["needs"]
-        equations.needs += [Need(use, item, scope, advice) for item in _items(needs)]
-    if use is not None and "lacks" in remarks:
-        why = remarks["because"].value if isinstance(remarks.get("because"), Text) else ""
-        named = [item for item in _items(remarks["lacks"]) if isinstance(item, Name)]
-        equations.lacks |= {n.dotted: Lack(use.definition.name, why) for n in named}
-    if use is not None and "has_guidance" in remarks:
-        equations.guided[use.label] = (remarks["has_guidance"], scope)
+    for definition in lineage(use.definition) if use is not None else ():
+        _remarks(equations, definition, use, scope)
     for node in statements:
         if use is not None and isinstance(node, Define) and node.name in REMARKS:
             continue
@@ -110,6 +101,20 @@ def add_statements(equations, statements, scope, found, layer, use=None) -> None
             _base(equations, node, scope, found, layer, before)
         elif isinstance(node, Redefine):
             _prime(equations, node, scope, found)
+
+
+def _remarks(equations: Equations, definition: Definition, use: Use, scope: Scope) -> None:
+    """What a block, or one that it is made from, says about its use."""
+    body = [s for s in definition.node.body if isinstance(s, Define) and s.name in REMARKS]
+    said = {s.name: s.value for s in body}
+    texts = {n: said[n].value if isinstance(said.get(n), Text) else "" for n in ("help", "because")}
+    for item in _items(said["needs"]) if "needs" in said else ():
+        equations.needs.append(Need(use, item, scope, texts["help"]))
+    for item in _items(said["lacks"]) if "lacks" in said else ():
+        if isinstance(item, Name):
+            equations.lacks[item.dotted] = Lack(use.definition.name, texts["because"])
+    if "has_guidance" in said:
+        equations.guided[use.label] = (said["has_guidance"], scope)
 
 
 def _items(value: Expr) -> tuple[Expr, ...]:

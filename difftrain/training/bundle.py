@@ -38,12 +38,13 @@ from difftrain.language.numbers import draws
 from difftrain.language.options import Run, decays, defaults
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective, Spec, read_text
+from difftrain.language.term import is_const
 from difftrain.language.tree import Source
 from difftrain.training import own
 
 ESTIMATES = ("x0_hat", "eps_hat")
 ARRAYS = "arrays"  # the source of what is no picture
-LEVELS = ("alpha", "sigma", "row_a")
+LEVELS = ("alpha", "sigma", "row_a", "c_out")
 GUESS = "guess"  # an earlier estimate that the network is shown
 NOISE = "eps@0"  # as drawn: what a strategy adds to it is for training alone
 RUNTIME = {  # what may be set without compiling again
@@ -165,10 +166,21 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
         "precision": f"{train['precision']} forwards, fp32 weights, moments and average",
         "shapes": {"batch": data["batch"], **picture_shape(data)},
         "streams": [d["name"] for d in draws(loss)],
+        "baseline": is_plain(objective),
         "dropping": [d["name"] for d in draws(derivation.read("dropped"))],
         "time": horizon(objective),
         "guidance": own_guidance(objective),
     }
+
+
+def is_plain(objective: Objective) -> bool:
+    """Whether what the network returns is its prediction, up to a constant, at the time that it is
+    told: then one that always returns the mean of its target can be compared with."""
+    derivation = objective.derivation()
+    time, told, skip, out = (
+        derivation.read(n) for n in (clock(objective.equations), "c_noise", "c_skip", "c_out")
+    )
+    return told is time and is_const(skip, 0) and is_const(out)
 
 
 def picture_shape(data: Run) -> dict[str, list[int]]:

@@ -34,6 +34,7 @@ class Programs:
     levels: object
     tables: Mapping[str, Mapping[str, Tensor]]
     dropping: tuple[str, ...]  # the draws that decide who loses the condition
+    baseline: bool  # whether a network that returns the mean of its target can be written down
     noise: object = None  # the noise's own law, where it is not standard normal
 
 
@@ -45,7 +46,8 @@ def programs(bundle: Bundle, device) -> Programs:
         name: {k: v.to(device, torch.float32) for k, v in module.tables().items()}
         for name, module in modules.items()
     }
-    return Programs(**modules, tables=tables, dropping=tuple(bundle.manifest["dropping"]))
+    dropping, baseline = tuple(bundle.manifest["dropping"]), bundle.manifest["baseline"]
+    return Programs(**modules, tables=tables, dropping=dropping, baseline=baseline)
 
 
 # ---- samples
@@ -115,17 +117,16 @@ def conditions(
 @dataclass(frozen=True)
 class Validation:
     """Mean losses on held-out pictures at fixed draws, nothing dropped: with their own captions,
-    with another picture's, and of a network that always returns the mean of its target."""
+    with another picture's, and of a network that always returns the mean of its target (nan where
+    a preconditioned network has none)."""
 
     loss: float
     shuffled: float
     mean: float
 
     def __str__(self) -> str:
-        lines = [
-            f"validation loss {self.loss:.4f}, predicting the mean {self.mean:.4f}"
-            f" ({self.loss / self.mean:.1%} of it)"
-        ]
+        share = f", predicting the mean {self.mean:.4f} ({self.loss / self.mean:.1%} of it)"
+        lines = [f"validation loss {self.loss:.4f}" + share * (self.mean == self.mean)]
         if self.shuffled == self.shuffled:
             margin = (self.shuffled - self.loss) / self.loss
             lines.append(
@@ -159,7 +160,7 @@ def validate(
     return Validation(
         loss(nets["student"], cond),
         float("nan") if cond is None else loss(nets["student"], other),
-        loss(always, cond),
+        loss(always, cond) if made.baseline else float("nan"),
     )
 
 
@@ -182,14 +183,14 @@ def _by_row(value: Tensor | None, count: int) -> bool:
 
 
 def _mean_network(made: Programs, parts: Parts, student: Callable, mean: Tensor) -> Callable:
-    """A network that returns the mean of its target at each time, row_a(t) times that of x0, beside
-    whatever else the student returns."""
+    """A network that returns the mean of its target at each time, row_a(t) / c_out times that of
+    x0, beside whatever else the student returns."""
     tapped = hasattr(parts.modules["student"], "tap_width")
 
     def network(x: Tensor, t: Tensor, cond=None, **extra):
         inputs = {"t": t, "time": t, "step": torch.zeros((), device=x.device)}
         values = made.levels.compute(inputs, None, {}, made.tables["levels"])
-        share = torch.as_tensor(values["row_a"], device=x.device).expand(len(x))
+        share = torch.as_tensor(values["row_a"] / values["c_out"], device=x.device).expand(len(x))
         guess = share.reshape(-1, *(1,) * (x.dim() - 1)) * mean + torch.zeros_like(x)
         return (guess, *student(x, t, cond, **extra)[1:]) if tapped else guess
 

@@ -392,5 +392,6 @@ def finish(session: Session) -> None:
 def _validate(session: Session, unseen: Prepared) -> None:
     result = evaluate.validate(session.programs, session.parts, session.state, unseen)
     say(str(result))
-    written = json.dumps(vars(result), indent=2) + "\n"
+    known = {name: None if value != value else value for name, value in vars(result).items()}
+    written = json.dumps(known, indent=2) + "\n"
     (session.folder / "validation.json").write_text(written, encoding="utf-8")
