@@ -310,3 +310,17 @@ def test_steps_are_numbered_as_flow_schedulers_do():
 
 def test_spec_of_other_laws_lints_clean():
     assert spec_of(body("linear", "flow", "t ~ mode(1.29)")).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("process", "said"),
+    [
+        ("discrete(ddpm)", "counts steps already"),
+        ("discrete(discrete(linear))", "counts steps already"),
+        ("discrete(trig, spacing = trailing(high = 2))", "leaves the range"),
+        ("discrete(vp, spacing = leading)", "leaves the range"),
+    ],
+)
+def test_a_grid_needs_a_path_to_stand_on(process, said):
+    found = [f for f in findings(body(process, "epsilon")) if f.code == "DIF206"]
+    assert len(found) == 1 and said in found[0].message

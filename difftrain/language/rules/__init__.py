@@ -26,6 +26,7 @@ RULES = (
     path.identity,
     singular.singular,
     path.time_law,
+    path.grid,
     loss.per_sample,
     loss.gradient,
     loss.weights_are_read,

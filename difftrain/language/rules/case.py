@@ -88,8 +88,12 @@ class Case:
     @cached_property
     def own_times(self) -> Support:
         """The values of t that the process's own law gives."""
+        return self.law_support(self.own_time)
+
+    def law_support(self, equation: Equation) -> Support:
+        """The values that an equation gives when it is read as a law."""
         try:
-            return support(self.derivation.law(self.own_time))
+            return support(self.derivation.law(equation))
         except Problem:
             return Support()
 

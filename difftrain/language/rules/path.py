@@ -6,7 +6,7 @@ import math
 
 from difftrain.language.algebra import NotLinear, linear
 from difftrain.language.finding import Finding, Label
-from difftrain.language.numbers import Support, draws, points, values
+from difftrain.language.numbers import Support, draws, points, support, values
 from difftrain.language.operations import LAWS
 from difftrain.language.rules.case import ALONG, Case, shown
 from difftrain.language.scope import Equation
@@ -160,8 +160,7 @@ def time_law(case: Case, found: list[Finding]) -> None:
     if any(f.at.span == case.place(case.newest("t")) for f in found):
         return
     given, allowed = case.times, case.own_times
-    slack = 1e-9 * max(1.0, abs(allowed.low))
-    leaves = given.low < allowed.low - slack or given.high > allowed.high + slack
+    leaves = not _within(given, allowed)
     if given.whole == allowed.whole and not leaves:
         return
     equation, name = case.newest("t"), process.definition.name
@@ -178,6 +177,35 @@ def time_law(case: Case, found: list[Finding]) -> None:
     if given.whole != allowed.whole:
         hint = f"leave it out, and `{own.span.text}` of `{name}` counts"
     found.append(Finding("DIF206", text, at, (also,), because, hint))
+
+
+def grid(case: Case, found: list[Finding]) -> None:
+    """A grid of times stays where the process that it is laid over is defined."""
+    equations, process = case.objective.equations, case.slot("process")
+    time = case.term("time")
+    for label in equations.scopes:
+        own = equations.versions.get(f"{label}.t", [None])[0]
+        if process is None or time is None or "." not in label or own is None:
+            continue
+        inner = next(u for u in equations.uses if u.label == label)
+        allowed, given = case.law_support(own), support(time)
+        name, at = inner.definition.name, Label(case.called(inner))
+        if allowed.whole:
+            text = f"`{name}` counts steps already, and a grid of times needs times to stand on"
+            hint = f"write `process = {inner.call.span.text}`, or a grid of a continuous process"
+            found.append(Finding("DIF206", text, at, help=hint))
+        elif allowed and given and not _within(given, allowed):
+            text = f"this grid leaves the range on which `{name}` is defined"
+            because = (
+                f"its times are {_range(given)}, and `{name}` is defined for {_range(allowed)}"
+            )
+            hint = "give the spacing other ends: `spacing = trailing(low = …, high = …)`"
+            found.append(Finding("DIF206", text, at, because=because, help=hint))
+
+
+def _within(given: Support, allowed: Support) -> bool:
+    slack = 1e-9 * max(1.0, abs(allowed.low))
+    return allowed.low - slack <= given.low and given.high <= allowed.high + slack
 
 
 def _range(support: Support) -> str:
