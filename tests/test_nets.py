@@ -306,3 +306,9 @@ def test_the_score_of_an_exploding_process_divides_once(x0):
     ours = objective(text, Affine())
     clean = ours._at("x0_hat", T, {"xt": x0}, ("t", "xt"))
     near(ours.score(x0, T), ((clean - x0) / wide(T) ** 2).flatten().tolist())
+
+
+def test_a_given_time_is_never_before_the_earlier_one(x0, eps):
+    text = body(f"{PLAIN}\nstrategy = mean_flow(ratio = 1)", "custom(times = [t, r])")
+    _, aux = objective(text, Affine()).loss(x0, t=T, eps=eps, return_aux=True)
+    assert (aux["r"] <= T).all()
