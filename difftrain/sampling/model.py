@@ -59,9 +59,10 @@ class Sampler(Levels):
     given: Mapping[str, float] = field(default_factory=dict)  # further inputs of the network
     last: dict[str, Tensor] = field(default_factory=dict)  # the estimate of the evaluation before
 
-    def estimates(self, x: Tensor, t: Tensor) -> Pair:
-        """(x0_hat, eps_hat) at x [B, ...] and t [B], guided."""
-        return self._guided(x, t, t)
+    def estimates(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Pair:
+        """(x0_hat, eps_hat) at x [B, ...] and t [B], guided; of the way from t down to r [B], where
+        the network is told both."""
+        return self._guided(x, t, t if r is None else r)
 
     def flow(self, x: Tensor, t: Tensor) -> Tensor:
         """The ODE tangent at x [B, ...] and t [B]: alpha' x0_hat + sigma' eps_hat."""
@@ -69,7 +70,7 @@ class Sampler(Levels):
 
     def average(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """The mean of the tangent from t [B] down to r [B], where the network is told both."""
-        x0_hat, eps_hat = self._guided(x, t, r)
+        x0_hat, eps_hat = self.estimates(x, t, r)
         rise, fall = (c.reshape(-1, *(1,) * (x.dim() - 1)) for c in self.slopes(t))
         return rise * x0_hat + fall * eps_hat
 
