@@ -1,0 +1,262 @@
+"""TensorRT engines, built from ONNX files or traced programs by the library that is installed.
+
+Modules come already cast (networks are strongly typed), so an engine computes in the precisions
+that its ONNX file says. TensorRT-RTX builds without a GPU; kernels are chosen where it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+BATCH = "batch"  # what the ONNX files call the one dimension that varies
+PORTABLE = "8.0"  # the least compute capability of engines that are built for no GPU alone
+TYPES = {  # what the library calls them, and what torch does
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+    "UINT8": "uint8",
+}
+Tensors = dict[str, tuple[str, list]]  # type and dimensions by name
+Made = tuple[bytes, dict[str, object]]  # an engine, and what is known of it
+
+
+class EngineError(Exception):
+    """An engine that cannot be built or run; `str()` is the sentence to show."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """An engine library: the package to install, the module that builds, and the one that runs."""
+
+    package: str
+    builder: str
+    runtime: str
+    anywhere: bool  # whether it builds on a machine without a GPU
+
+    @property
+    def version(self) -> str:
+        """The version of what runs the engines: they run under no other."""
+        return importlib.import_module(self.runtime).__version__
+
+
+LIBRARIES = (  # in order of preference
+    Library("torch-tensorrt", "torch_tensorrt", "tensorrt", False),
+    Library("torch-tensorrt-rtx", "torch_tensorrt", "tensorrt_rtx", False),
+    Library("tensorrt-rtx", "tensorrt_rtx", "tensorrt_rtx", True),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of a sampler as libraries take it: an ONNX file, and the same module traced."""
+
+    name: str
+    onnx: Path
+    program: Callable[[], torch.export.ExportedProgram]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What an engine is built for: batches from `low` to `high`, the GPU of this machine or
+    (`portable`) every one from compute capability 8.0 on, and weights that can be exchanged."""
+
+    low: int = 1
+    high: int = 8
+    portable: bool = True
+    refit: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """A serialized engine and what its manifest says of it."""
+
+    data: bytes
+    about: Mapping[str, object]
+
+
+def installed(package: str) -> bool:
+    """Whether a package is there, without importing it."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def library(name: str = "") -> Library:
+    """The engine library of this name, or the first that is installed and builds here."""
+    gpu = torch.cuda.is_available()
+    named = [it for it in LIBRARIES if name in ("", it.package)]
+    if not named:
+        known = ", ".join(f"`{it.package}`" for it in LIBRARIES)
+        raise EngineError(f"`{name}` is no engine library: use {known}")
+    here = [it for it in named if installed(it.package)]
+    if not here:
+        wanted = name or "tensorrt-rtx"
+        raise EngineError(
+            f"an engine needs `{wanted}`, which is not installed here: `pip install {wanted}`"
+        )
+    if not (usable := [it for it in here if gpu or it.anywhere]):
+        raise EngineError(
+            f"`{here[0].package}` builds engines on a machine with a GPU, and here is none:"
+            " `pip install tensorrt-rtx`, which needs none to build"
+        )
+    return usable[0]
+
+
+def build(piece: Piece, profile: Profile, maker: Library) -> Engine:
+    """The engine of a piece. Raises EngineError."""
+    make = _from_program if maker.builder == "torch_tensorrt" else _from_onnx
+    data, described = make(piece, profile, maker)
+    return Engine(data, {**_about(maker, profile), **described})
+
+
+def _about(maker: Library, profile: Profile) -> dict[str, object]:
+    here = f"{PORTABLE} or later" if profile.portable else capability()
+    return {
+        "library": maker.package,
+        "runtime": maker.runtime,
+        "version": maker.version,
+        "gpu": here,
+        "batch": [profile.low, profile.high],
+        "refit": profile.refit,
+    }
+
+
+def capability() -> str:
+    """The compute capability of the GPU here, as `9.0`."""
+    return ".".join(map(str, torch.cuda.get_device_capability()))
+
+
+# ---- by the ONNX parser of the library
+
+
+def _from_onnx(piece: Piece, profile: Profile, maker: Library) -> Made:
+    trt = importlib.import_module(maker.builder)
+    said = log(trt)
+    builder = trt.Builder(said)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, said)
+    if not parser.parse_from_file(str(piece.onnx)):
+        raise EngineError(f"`{piece.name}` has no engine: {parser.get_error(0).desc()}")
+    described = _described(network)
+    config = _config(trt, builder, described["inputs"], profile)
+    data = builder.build_serialized_network(network, config)
+    if data is None:
+        raise EngineError(f"`{piece.name}` has no engine: {said.first()}")
+    return bytes(data), described
+
+
+def _config(trt: ModuleType, builder, inputs: Tensors, profile: Profile):
+    """How a network becomes an engine: one profile, memory that callers give (so that a CUDA graph
+    can hold a loop over the engine), and the GPU."""
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    if profile.refit:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if not profile.portable:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
+    shapes = builder.create_optimization_profile()
+    for name, (_, dims) in inputs.items():
+        low, high = (sized(dims, b) for b in (profile.low, profile.high))
+        shapes.set_shape(name, low, high, high)
+    config.add_optimization_profile(shapes)
+    return config
+
+
+def _described(network) -> dict[str, object]:
+    """Inputs, outputs and layers of a parsed network, layers counted by kind and precision."""
+    layers = (network.get_layer(i) for i in range(network.num_layers))
+    kinds = Counter(f"{it.type.name.lower()} {_precision(it)}".strip() for it in layers)
+    return {
+        "inputs": _tensors(network.get_input(i) for i in range(network.num_inputs)),
+        "outputs": _tensors(network.get_output(i) for i in range(network.num_outputs)),
+        "layers": dict(sorted(kinds.items())),
+    }
+
+
+def _tensors(tensors: Iterable) -> Tensors:
+    return {
+        it.name: (TYPES[it.dtype.name], [BATCH if d < 0 else d for d in it.shape]) for it in tensors
+    }
+
+
+def _precision(layer) -> str:
+    return TYPES[layer.get_output(0).dtype.name] if layer.num_outputs else ""
+
+
+# ---- by Torch-TensorRT: not run by us, as these packages fetch their libraries when installed
+
+
+def _from_program(piece: Piece, profile: Profile, maker: Library) -> Made:
+    compiler = importlib.import_module(maker.builder)
+    program = piece.program()
+    inputs = _inputs(program)
+    try:
+        data = compiler.dynamo.convert_exported_program_to_serialized_trt_engine(
+            program,
+            arg_inputs=[_input(compiler, *it, profile) for it in inputs.values()],
+            immutable_weights=not profile.refit,
+            hardware_compatible=profile.portable,
+        )
+    except Exception as cause:  # whatever it is, the library has told it in its log
+        raise EngineError(f"`{piece.name}` has no engine: {cause}") from cause
+    return bytes(data), {"inputs": inputs}
+
+
+def _inputs(program: torch.export.ExportedProgram) -> Tensors:
+    """Types and shapes of what a traced program takes."""
+    wanted = set(program.graph_signature.user_inputs)
+    nodes = {n.name: n.meta["val"] for n in program.graph.nodes if n.name in wanted}
+    return {
+        name: (_name(it.dtype), [d if isinstance(d, int) else BATCH for d in it.shape])
+        for name, it in nodes.items()
+    }
+
+
+def _input(compiler: ModuleType, kind: str, dims: list, profile: Profile):
+    low, high = (sized(dims, b) for b in (profile.low, profile.high))
+    return compiler.Input(min_shape=low, opt_shape=high, max_shape=high, dtype=getattr(torch, kind))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- what both need
+
+
+def sized(dims: Iterable, batch: int) -> tuple[int, ...]:
+    """Dimensions with the batch put in."""
+    return tuple(batch if d == BATCH else d for d in dims)
+
+
+def log(trt: ModuleType):
+    """A logger that keeps what the library calls an error."""
+
+    class Log(trt.ILogger):
+        def __init__(self):
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+
+        def first(self) -> str:
+            return self.errors[0] if self.errors else "the library does not say why"
+
+    return Log()
