@@ -154,7 +154,7 @@ def bench(text: str, precision="fp32") -> Bench:
 
 def start(one: Bench) -> dict:
     further = [f"average.{n}" for n in recipe(one.bundle.read()).further]
-    return states.fresh(one.weights.clone(), 0, 4, further)
+    return states.fresh(one.weights.clone(), 0, 4, further, one.precision)
 
 
 def test_the_step_moves_every_average():

@@ -34,6 +34,7 @@ class Bench:
     def __init__(self, precision="fp32", train="true", device="cpu", text=SPEC):
         bundle = compile_text("tiny", text.format(precision=precision, train=train))
         self.bundle, self.module, self.device = bundle, bundle.module("step.py"), device
+        self.precision = precision
         part = bundle.read().objective().backbone.part
         torch.manual_seed(0)
         codec = build(part.options["codec"])
@@ -47,7 +48,7 @@ class Bench:
         self.tables = {k: v.float().to(device) for k, v in self.module.tables().items()}
 
     def fresh(self):
-        return states.fresh(self.weights.clone(), 0, STEPS)
+        return states.fresh(self.weights.clone(), 0, STEPS, precision=self.precision)
 
     def batch(self, k):
         made = torch.Generator().manual_seed(k)
@@ -146,8 +147,37 @@ def test_weights_stay_in_fp32(precision):
     assert all(log["loss"] == log["loss"] for log in logs)
 
 
-def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_forward_passes_read_a_copy_that_follows_the_weights(precision):
+    bench = Bench(precision=precision)
+    state, _ = bench.run(bench.module.step, 2)
+    assert state["half"].dtype == states.HALVES[precision]
+    assert torch.equal(state["half"], state["weights"].to(state["half"].dtype))
+    other = {name: value.clone() for name, value in state.items()}
+    other["half"].zero_()
+    (log,), (zeroed,) = (bench.run(bench.module.step, 1, s)[1] for s in (state, other))
+    assert log["loss"] != zeroed["loss"]
+
+
+def test_a_gradient_in_half_precision_is_near_that_in_fp32():
+    benches = (Bench(precision=precision) for precision in ("fp32", "bf16"))
+    exact, half = (bench.run(bench.module.step, 1)[0]["first"] for bench in benches)
+    assert 0 < (half - exact).norm() < 3e-2 * exact.norm()
+
+
+def test_weights_of_convolutions_lie_with_the_channel_last():
     bench = Bench()
+    weight = bench.modules["student"].get_parameter("module.conv_in.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert weight.data_ptr() >= bench.weights.data_ptr()
+    names = [slot.name for slot in bench.plan.slots if slot.start < bench.plan.products]
+    assert all(not name.endswith("norm.weight") for name in names)
+    assert "module.conv_in.weight" in names
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_checkpoint_goes_on_bit_for_bit(precision, tmp_path):
+    bench = Bench(precision=precision)
     whole, _ = bench.run(bench.module.step, 4)
     half, _ = bench.run(bench.module.step, 2)
     facts = {"graph": bench.bundle.manifest["graph"]}

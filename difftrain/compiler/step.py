@@ -156,21 +156,22 @@ def _decay(name: str, decay: Term) -> str:
 
 def _step(graph: Graph, recipe: Recipe, inputs: Inputs, copies: Copies) -> str:
     """The text of `step`: the loss as a function of the weights, then what its gradient does."""
-    scaled = recipe.precision == "fp16"
+    scaled, low = recipe.precision == "fp16", recipe.precision != "fp32"
     scale = ' * state["scale"]' * scaled
+    read = "products, rest" if low else "weights"
     lines = [
         "def step(state, batch, modules, plan, tables):",
         '    """One training step, in place. What is returned is logged."""',
         '    draw = Draws(state["seed"], state["turn"], batch["index"])',
         "",
-        "    def objective(weights):",
-        "        nets = plan.bind(modules, weights)",
+        f"    def objective({read}):",
+        f"        nets = plan.bind(modules, {read})",
         *[f'        nets["{n}"] = plan.copy(modules, state["average.{n}"])' for n in copies.reads],
         *_indented(_forward(recipe, inputs), 8),
         '        loss = values["loss"].float().mean()',
         f"        return loss{scale}, (loss, values)",
         "",
-        '    gradient, (loss, values) = torch.func.grad(objective, has_aux=True)(state["weights"])',
+        *_indented(_gradient(low), 4),
         *_indented(_update(recipe, scaled, copies), 4),
         "",
         '    log = {"loss": loss, "gradient": norm, "rate": rate}',
@@ -179,6 +180,20 @@ def _step(graph: Graph, recipe: Recipe, inputs: Inputs, copies: Copies) -> str:
     for name in (n for n in graph.outputs if n != "loss"):
         lines.append(f'    log["{name}"] = values["{name}"].float().mean()')
     return "\n".join([*lines, "    return log", ""])
+
+
+def _gradient(low: bool) -> list[str]:
+    """The gradient [P] in fp32; below fp32 the weights of matrix products are read from their copy,
+    and have their gradient in its precision."""
+    if not low:
+        call = 'torch.func.grad(objective, has_aux=True)(state["weights"])'
+        return [f"gradient, (loss, values) = {call}"]
+    return [
+        "differentiated = torch.func.grad(objective, argnums=(0, 1), has_aux=True)",
+        'products = state["half"][: plan.products]',
+        'gradients, (loss, values) = differentiated(products, state["weights"][plan.products :])',
+        "gradient = torch.cat([part.float() for part in gradients])",
+    ]
 
 
 def _indented(lines: list[str], by: int) -> list[str]:
@@ -194,7 +209,7 @@ def _forward(recipe: Recipe, inputs: Inputs) -> list[str]:
     lines.append("values = compute(inputs, draw, nets, tables)")
     if recipe.precision == "fp32":
         return lines
-    cast = f"with torch.autocast(weights.device.type, {DTYPES[recipe.precision]}):"
+    cast = f"with torch.autocast(products.device.type, {DTYPES[recipe.precision]}):"
     return [cast, *_indented(lines, 4)]
 
 

@@ -41,7 +41,8 @@ def adamw(
     weight_decay: float,
     fine: Tensor | None = None,
 ) -> None:
-    """Moves weights, moments, average and the count of updates, in place: arXiv:1711.05101 alg. 2.
+    """Moves weights, their copy in half precision, moments, average and the count of updates, in
+    place: arXiv:1711.05101 alg. 2.
 
     `fine` (a bool) says whether the gradient is finite; where it is not, nothing moves.
     """
@@ -53,6 +54,7 @@ def adamw(
     moved = weights - rate * (change + weight_decay * weights)
     average = nearer(state["average"], moved, averaging, count)
     new = {"weights": moved, "first": first, "second": second, "average": average}
+    new |= {"half": moved} if "half" in state else {}
     for name, value in {**new, "updates": state["updates"] + 1}.items():
         state[name].copy_(value if fine is None else torch.where(fine, value, state[name]))
 

@@ -119,8 +119,7 @@ class Transformer(nn.Module):
     def _tokens(self, x: Tensor, extra: Mapping[str, Tensor], grid: tuple[int, int]) -> Tensor:
         """[B, T, width] of x with the earlier estimate beside it, in the residual's precision."""
         seen = torch.cat((x, extra["guess"]), dim=1) if "guess" in self.form.inputs else x
-        dtype = self.x_embedder.proj.weight.dtype
-        return self.x_embedder(seen) + positions(grid, self.form.width, x.device, dtype)
+        return self.x_embedder(seen) + positions(grid, self.form.width, x.device, x.dtype)
 
     def _condition(self, t: Tensor, cond: Tensor | None, extra: Mapping[str, Tensor]):
         """What every block is told, [B, width], and the text it may look at, [B, S, width]."""

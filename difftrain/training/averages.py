@@ -63,7 +63,7 @@ def keep(
 
 def _short(value: Tensor) -> Tensor:
     """The tensor in fp16, or as it is where a number is too large for that."""
-    short = value.half()
+    short = value.contiguous().half()
     return short if short.isfinite().all() else value.contiguous()
 
 

@@ -149,7 +149,7 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     try_out(objective, parts, prepared, bundle.manifest["time"][0] == "index")
     steps = steps if steps is not None else train["steps"]
     widths = averages.tracked(recipe(spec))
-    current = _state(bundle, parts, widths, train["seed"], steps, checkpoint)
+    current = _state(bundle, parts, widths, train, steps, checkpoint)
     texts.write(bundle.texts, folder)
     say(f"training `{bundle.name}` on {seen!r}: {parts.plan.size:,} weights, {device}, in {folder}")
     _doubts(objective, parts, train, widths)
@@ -183,9 +183,11 @@ def _known(bundle, objective, train: Run, checkpoint: Path | None, seen, unseen)
     return inherited(train, found(text_part(objective), seen, unseen))
 
 
-def _state(bundle: Bundle, parts: Parts, widths, seed: int, steps: int, checkpoint: Path | None):
-    copies = [copy_of(name) for name in parts.averages]
-    current = state.fresh(parts.weights, seed, steps, [*copies, *widths])
+def _state(
+    bundle: Bundle, parts: Parts, widths, train: Run, steps: int, checkpoint: Path | None
+) -> dict[str, Tensor]:
+    names = [*(copy_of(name) for name in parts.averages), *widths]
+    current = state.fresh(parts.weights, train["seed"], steps, names, train["precision"])
     if checkpoint:
         state.load(checkpoint, current, parts.plan, bundle.manifest["graph"], parts.kept)
         say(f"resumed at step {int(current['turn'])} from {checkpoint}")

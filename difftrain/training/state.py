@@ -22,6 +22,7 @@ FROZEN = "frozen/"  # weights that are not trained, and that nothing else holds
 COUNTERS = ("turn", "updates", "calm")
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 SCALE = 2.0**16  # first fp16 loss scale
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class CheckpointError(Exception):
@@ -29,10 +30,11 @@ class CheckpointError(Exception):
 
 
 def fresh(
-    weights: Tensor, seed: int, steps: int, averages: Iterable[str] = ()
+    weights: Tensor, seed: int, steps: int, averages: Iterable[str] = (), precision: str = "fp32"
 ) -> dict[str, Tensor]:
     """The state before the first step of a run of `steps`, around the weights [P]; `averages` are
-    the buffers of further averaged copies."""
+    the buffers of further averaged copies. Forward passes below fp32 have a copy of the weights
+    in their `precision`, which is in no checkpoint."""
     device = weights.device
     state = {
         "weights": weights,
@@ -43,6 +45,7 @@ def fresh(
         "steps": torch.tensor(steps, dtype=torch.int64, device=device),
         "seed": torch.tensor(seed, dtype=torch.int64, device=device),
     }
+    state |= {"half": weights.to(HALVES[precision])} if precision in HALVES else {}
     return state | {n: torch.zeros((), dtype=torch.int64, device=device) for n in COUNTERS}
 
 
@@ -128,6 +131,8 @@ def load(
         _restore(file, kept)
         for name in (*COUNTERS, "scale", "seed"):
             state[name].copy_(file.get_tensor(name))
+    if "half" in state:
+        state["half"].copy_(state["weights"])
 
 
 def load_average(
