@@ -1,0 +1,123 @@
+"""Modules as diffusers and transformers save them: copies that own their weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from difftrain.export.errors import ExportError
+from difftrain.models.codec import Codec
+from difftrain.models.text import ALL_TOKENS, TextEncoder
+from difftrain.models.tokenizer import END, START
+
+
+def copied(module: nn.Module, **changes) -> nn.Module:
+    """A module of diffusers with weights of its own, its configuration changed."""
+    fresh = type(module).from_config({**module.config, **changes})
+    fresh.load_state_dict(module.state_dict())
+    return fresh.eval()
+
+
+# ---- the codec
+
+
+def autoencoder(codec: Codec) -> nn.Module:
+    """The codec with one scaling factor and no shift, as most pipelines have it: what else its
+    latents are moved by goes into the 1 x 1 convolutions beside them."""
+    model = codec.model
+    if not codec.scale.dim() and not codec.shift.any():
+        return copied(model, scaling_factor=codec.scale.item(), shift_factor=None)
+    factor = 1.0 if codec.scale.dim() else codec.scale.item()
+    made = type(model).from_config(
+        {
+            **model.config,
+            "scaling_factor": factor,
+            "shift_factor": None,
+            "latents_mean": None,
+            "latents_std": None,
+            "use_quant_conv": True,
+            "use_post_quant_conv": True,
+        }
+    )
+    weights = {**_identities(codec.channels), **model.state_dict()}
+    made.load_state_dict({**weights, **_moved(codec, factor, weights)})
+    return made.eval()
+
+
+def _identities(channels: int) -> dict[str, Tensor]:
+    """Convolutions that change nothing, for codecs that have none."""
+    sizes = {"quant_conv": 2 * channels, "post_quant_conv": channels}
+    made = {f"{n}.weight": torch.eye(size)[:, :, None, None] for n, size in sizes.items()}
+    return made | {f"{n}.bias": torch.zeros(size) for n, size in sizes.items()}
+
+
+def _moved(codec: Codec, factor: float, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The convolutions around latents z that are then (z - shift) * scale / factor."""
+    flat = torch.zeros(codec.channels, device=codec.shift.device)
+    scale, shift = (flat + v.flatten() for v in (codec.scale / factor, codec.shift))
+    before, bias = weights["quant_conv.weight"], weights["quant_conv.bias"]
+    after = weights["post_quant_conv.weight"]
+    ones = torch.ones_like(scale)
+    return {
+        "quant_conv.weight": before * torch.cat([scale, ones])[:, None, None, None],
+        # mean, and the logarithm of the variance
+        "quant_conv.bias": torch.cat([(m := bias.chunk(2))[0] - shift, m[1]])
+        * torch.cat([scale, ones])
+        + torch.cat([0 * scale, 2 * scale.log()]),
+        "post_quant_conv.weight": after / scale[None, :, None, None],
+        "post_quant_conv.bias": weights["post_quant_conv.bias"] + after[:, :, 0, 0] @ shift,
+    }
+
+
+# ---- text
+
+
+def encoder(text: TextEncoder) -> nn.Module:
+    """The text encoder; a token table that was cut to a vocabulary is whole again, and words that
+    it does not know read as the end mark."""
+    model, config = text.model, text.model.config
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    if text.compact is not None:
+        marks = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
+        config = type(config)(**{**config.to_dict(), **marks, "vocab_size": ALL_TOKENS})
+        table = model.get_input_embeddings().weight
+        (name,) = (n for n, value in model.named_parameters() if value is table)
+        weights[name] = table.detach()[text.compact].clone()
+    made = type(model)(config)
+    made.load_state_dict(weights)
+    return made.eval()
+
+
+def byte_pairs(text: TextEncoder):
+    """The tokenizer of a CLIP encoder, which fills texts up to the encoder's length."""
+    from transformers import CLIPTokenizer
+
+    tokens = text.tokens
+    model = json.loads(tokens.backend.to_str())["model"]
+    if model["type"] != "BPE":
+        raise ExportError(
+            "the tokenizer of the text encoder has no byte pairs, which CLIP's has: use `sd.clip`"
+            " with the tokenizer that it was published with"
+        )
+    names = {"bos": tokens.start, "eos": tokens.end, "unk": tokens.end, "pad": tokens.pad}
+    marks = {f"{n}_token": tokens.backend.id_to_token(id_) for n, id_ in names.items()}
+    merges = [tuple(m.split()) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=text.length, **marks)
+
+
+# ---- files
+
+
+def label(folder: Path, facts: Mapping[str, str]) -> None:
+    """Writes into every safetensors file of a folder what its weights are of."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        save_file(tensors, path, {**said, **facts})
