@@ -64,9 +64,9 @@ def on_index(network, count: int = 1000):
     return lambda x, t, cond=None: network(x, t.double() / count, cond)
 
 
-def spec_of(body: str, name: str = "o"):
+def spec_of(body: str, name: str = "o", backbone: str = "custom", head: str = ""):
     """The checked spec of one objective with this body."""
-    text = f"diff 1\nobjective {name} {{\n{body}\nbackbone = custom\n}}\n"
+    text = f"diff 1\n{head}\nobjective {name} {{\n{body}\nbackbone = {backbone}\n}}\n"
     spec, found = check(Source("test.diff", text))
     if errors := [f for f in found if f.severity == "error"]:
         raise difftrain.SpecError(errors)

@@ -298,3 +298,9 @@ objective o { process = ve, prediction_type = epsilon, strategy = mine, backbone
 """
     _, found = check(Source("test.diff", text))
     assert "DIF205" in [f.code for f in found]
+
+
+def test_words_and_a_range_may_stand_together():
+    text = "diff 1\nstrategy s(p in [auto, 0..2] = auto) { fit' = p * fit }\n"
+    told = [f.code for f in check(Source("a.diff", text.replace("0..2", "2..0")))[1]]
+    assert not check(Source("a.diff", text))[1] and told == ["DIF132"]

@@ -7,7 +7,7 @@ import torch
 from conftest import spec_of
 from diffusers import DDIMScheduler
 
-from difftrain.language.horizon import horizon
+from difftrain.language.horizon import horizon, own_shift
 from difftrain.language.names import standard
 from difftrain.sampling import grids
 
@@ -96,6 +96,7 @@ def test_shifting_keeps_the_ends():
         (INDEX, None, {"times": (759, 499), "steps": 3}, [999, 759, 499, -1]),
         (UNIT, None, {}, [1, 0.75, 0.5, 0.25, 0]),
         (UNIT, None, {"shift": 3.0}, [1, 0.9, 0.75, 0.5, 0]),
+        (UNIT, None, {"shift": 1}, [1, 0.75, 0.5, 0.25, 0]),
         (SIGMA, Exploding(), {}, grids.power(4).tolist()),
         (SIGMA, Exploding(), {"grid": "even", "high": 8}, [8, 6, 4, 2, 0]),
         (SIGMA, Exploding(), {"rho": 3, "low": 0.1}, grids.power(4, 0.1, 80, 3).tolist()),
@@ -108,6 +109,38 @@ def test_shifting_keeps_the_ends():
 )
 def test_options_make_a_grid(law, levels, options, expected):
     assert made(law, levels, **options) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_times_are_shifted_as_they_were_trained_unless_the_solver_says_otherwise():
+    asked = {"steps": 4, **grids.DEFAULTS}
+    as_trained, other = (
+        grids.grid(UNIT, {**asked, **more}, None, 3.0).tolist() for more in ({}, {"shift": 1})
+    )
+    assert as_trained == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert other == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize(
+    ("lines", "shift"),
+    [
+        ("t ~ logit_normal(0.5, 1)", 1),
+        ("t' = shift(t, 3)", 3),
+        ("t ~ shift(uniform(0, 1), k = 2)\nt' = shift(t, 3)", 6),
+        ("t' = shift(t, sqrt(numel(x0) / 4096))", 2),
+        ("t ~ logit_normal(0, 1)\nt' = shift(t, 3)\nstrategy = mean_flow", 3),
+    ],
+)
+def test_the_shift_that_an_objective_declares(lines, shift):
+    text = f"process = linear\nprediction_type = flow\n{lines}"
+    backbone = "custom(times = [t, r])" if "mean_flow" in lines else "custom"
+    objective = spec_of(text, backbone=backbone).objective()
+    assert own_shift(objective, 16_384) == pytest.approx(shift)
+    assert math.isnan(own_shift(objective)) == ("numel" in lines)
+
+
+def test_the_shift_of_a_process_from_the_library():
+    objective = spec_of("process = sd.shifted(k = 3)\nprediction_type = flow", head="import std.sd")
+    assert own_shift(objective.objective()) == 3
 
 
 def test_a_process_that_reaches_less_noise_is_walked_as_far_as_it_goes():
@@ -149,11 +182,11 @@ def test_what_does_not_fit_is_told(law, options, message):
 
 
 def test_the_options_are_those_of_the_library():
-    (library,) = [names for names in standard() if ("solver", "ddim") in names.own]
-    formals = {f.name: f for f in library.own["solver", "ddim"].node.formals}
-    assert set(formals) - {"eta"} == {"steps", "grid", *grids.DEFAULTS}
-    usual = {name: float(formals[name].default.span.text) for name in grids.DEFAULTS}
-    assert usual == grids.DEFAULTS
+    (library,) = [names for names in standard() if ("solver", "euler") in names.own]
+    formals = {f.name: f for f in library.own["solver", "euler"].node.formals}
+    assert set(formals) == {"steps", "grid", *grids.DEFAULTS}
+    usual = {name: formals[name].default.span.text for name in grids.DEFAULTS}
+    assert usual == {name: str(value) for name, value in grids.DEFAULTS.items()}
     words = [item.dotted for item in formals["grid"].domain.items]
     assert set(words) == {"auto", *grids.INDEX, *grids.READ}
 

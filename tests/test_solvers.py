@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from difftrain.compiler.draws import Draws
 from difftrain.sampling import grids, solvers
@@ -123,6 +123,80 @@ def test_ddim_follows_diffusers_step_by_step(eta, terminal):
     torch.testing.assert_close(ours, x, rtol=0, atol=2e-4)  # their table is float32
 
 
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_ancestors_follow_diffusers_step_by_step(variance):
+    scheduler = DDPMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        timestep_spacing="trailing",
+        prediction_type="v_prediction",
+        variance_type=f"fixed_{variance}",
+    )
+    scheduler.set_timesteps(20)
+    model, given = ddpm(), draws(4)
+    x = first = start(given, 6)
+    for step, t in enumerate(scheduler.timesteps, 1):
+        x0_hat, eps_hat = model.estimates(x, t.expand(4))
+        v = model.alpha(t) * eps_hat - model.sigma(t) * x0_hat
+        mean = scheduler.step(v, t, x, generator=torch.Generator().manual_seed(0)).prev_sample
+        drawn = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+        noise = given.noise(step, x) if step < 20 else 0  # the paper draws nothing at the end
+        x = mean + scheduler._get_variance(t).sqrt() * (noise - drawn)
+    ours = solvers.ancestral(model, first, grids.trailing(20, 1000), given, variance)
+    torch.testing.assert_close(ours, x, rtol=0, atol=5e-4)  # their table is float32
+
+
+def test_ancestors_of_the_smaller_variance_are_ddims():
+    for model, grid in ((ddpm(True), grids.trailing(20, 1000)), (EXPLODING, grids.power(20))):
+        given, x = draws(3), start(draws(3), 5)
+        ours = solvers.ancestral(model, x, grid, given)
+        torch.testing.assert_close(ours, solvers.ddim(model, x, grid, given, eta=1.0))
+
+
+@pytest.mark.parametrize("variance", ["small", "large"])
+@pytest.mark.parametrize(
+    ("model", "grid"),
+    [
+        (LINEAR, grids.shifted(400)),
+        (EXPLODING, grids.power(400)),
+        (ddpm(), grids.trailing(500, 1000)),
+    ],
+)
+def test_ancestors_keep_the_moments(model, grid, variance):
+    given = draws(4000)
+    noise = solvers.start(model, torch.empty(4000, 2, dtype=torch.float64), grid, given)
+    x = solvers.ancestral(model, noise, grid, given, variance)
+    assert float(x.mean()) == pytest.approx(MEAN, abs=0.03)
+    assert float(x.std()) == pytest.approx(STD, abs=0.025)
+
+
+@pytest.mark.parametrize("model", [LINEAR, EXPLODING, TRIG])
+def test_the_larger_variance_is_that_of_normal_data(model):
+    """One step from t to s is exact for data N(0, 1): a_s^2 + s_s^2 is what comes out."""
+    t, s = (torch.tensor([u], dtype=torch.float64) for u in (0.9, 0.5))
+
+    class Normal(Gaussian):
+        def estimates(self, x, t):
+            a, s = column(self.alpha(t), x), column(self.sigma(t), x)
+            return a / (a**2 + s**2) * x, None
+
+    exact, given = Normal(model.alpha, model.sigma), draws(40_000)
+    here, there = (float((model.alpha(u) ** 2 + model.sigma(u) ** 2).sqrt()) for u in (t, s))
+    seen = []
+
+    def estimates(x, t):
+        seen.append(float(x.std()))
+        return exact.estimates(x, t)
+
+    walker = Gaussian(model.alpha, model.sigma)
+    walker.estimates = estimates
+    grid = torch.cat([t, s, torch.zeros_like(s)])
+    solvers.ancestral(walker, here * start(given, 1), grid, given, "large")
+    assert seen == [pytest.approx(here, rel=0.01), pytest.approx(there, rel=0.01)]
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_keeps_the_moments_of_gaussian_data(eta):
     given = draws(2000)
@@ -180,15 +254,78 @@ def test_the_order_of_dpm_solver_pp_where_levels_are_even(model, end):
     assert orders(solvers.dpm_solver_pp, model, walks) == pytest.approx([2, 2], abs=0.1)
 
 
+WALKS = [
+    (LINEAR, grids.shifted(200)),
+    (TRIG, grids.shifted(200, start=1.5645)),
+    (EXPLODING, grids.power(400, rho=3)),
+]
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("model", "grid"), WALKS)
+def test_noise_between_two_estimates_keeps_the_moments(model, grid, scale):
+    given = draws(4000)
+    noise = solvers.start(model, torch.empty(4000, 2, dtype=torch.float64), grid, given)
+    x = solvers.dpm_solver_pp(model, noise, grid, given, scale)
+    assert float(x.mean()) == pytest.approx(MEAN, abs=0.03)
+    assert float(x.std()) == pytest.approx(STD, abs=0.025)
+
+
+# ---- churn
+
+
+def published(model, x, grid, given, s_churn, s_min, s_max, s_noise):
+    """arXiv:2206.00364 algorithm 2, line by line, for alpha = 1 and sigma = t."""
+    count = len(grid) - 1
+    for i in range(count):
+        t, after = grid[i], grid[i + 1]
+        gamma = min(s_churn / count, math.sqrt(2) - 1) if s_min <= t <= s_max else 0.0
+        noise = s_noise * given.noise(i + 1, x)
+        raised = t + gamma * t
+        x = x + (raised**2 - t**2).sqrt() * noise
+        slope = model.flow(x, raised.expand(len(x)))
+        ahead = x + (after - raised) * slope
+        if after:
+            slope = (slope + model.flow(ahead, after.expand(len(x)))) / 2
+        x = x + (after - raised) * slope
+    return x
+
+
+@pytest.mark.parametrize(("s_churn", "s_noise"), [(3.0, 1.007), (40.0, 1.0)])
+def test_churn_is_the_published_one(s_churn, s_noise):
+    grid, given, x = grids.power(12), draws(3), 80 * start(draws(3), 5)
+    options = {"s_churn": s_churn, "s_min": 0.05, "s_max": 50.0, "s_noise": s_noise}
+    ours = solvers.heun(EXPLODING, x, grid, given, **options)
+    torch.testing.assert_close(ours, published(EXPLODING, x, grid, given, **options))
+
+
+def test_churn_raises_sigma_over_alpha_by_one_share_on_every_process():
+    for model, start_at in ((LINEAR, 1.0), (TRIG, 1.5), (EXPLODING, 9.0)):
+        grid = grids.shifted(8, start=start_at)
+        raised = solvers.churn(model, grid, 1.6, 0.1, 2.0)
+        before, after = (model.sigma(t) / model.alpha(t) for t in (grid[:-1], raised))
+        within = (before >= 0.1) & (before <= 2.0) & (1.2 * before < before[0])
+        assert within.any() and not within.all()
+        torch.testing.assert_close(after[within], 1.2 * before[within])
+        torch.testing.assert_close(after[before > 2.0], before[before > 2.0])
+
+
+def test_nothing_is_churned_above_the_start():
+    grid = grids.power(6, rho=1.0)
+    assert solvers.churn(EXPLODING, grid, 100.0, 0.0, 1e6).max() == grid[0]
+
+
+@pytest.mark.parametrize(("model", "grid"), WALKS)
+def test_churn_keeps_the_moments(model, grid):
+    given = draws(4000)
+    noise = solvers.start(model, torch.empty(4000, 2, dtype=torch.float64), grid, given)
+    x = solvers.heun(model, noise, grid, given, s_churn=20.0, s_min=0.05, s_max=50.0)
+    assert float(x.mean()) == pytest.approx(MEAN, abs=0.03)
+    assert float(x.std()) == pytest.approx(STD, abs=0.015)
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize(
-    ("model", "grid"),
-    [
-        (LINEAR, grids.shifted(200)),
-        (TRIG, grids.shifted(200, start=1.5645)),
-        (EXPLODING, grids.power(400, rho=3)),
-    ],
-)
+@pytest.mark.parametrize(("model", "grid"), WALKS)
 def test_noise_on_the_way_keeps_the_moments(model, grid, scale):
     given = draws(4000)
     noise = solvers.start(model, torch.empty(4000, 2, dtype=torch.float64), grid, given)
@@ -243,8 +380,10 @@ def test_jumps_by_the_exact_average_flow_are_exact(model, t, steps):
     ("solver", "calls"),
     [
         (solvers.ddim, 5),
+        (solvers.ancestral, 5),
         (solvers.euler, 5),
         (solvers.heun, 9),
+        (partial(solvers.heun, s_churn=1.0), 9),
         (solvers.euler_maruyama, 5),
         (solvers.dpm_solver_pp, 5),
         (solvers.multistep, 5),
@@ -257,25 +396,27 @@ def test_how_often_the_network_is_asked(solver, calls):
     assert model.calls == calls
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0])
 @pytest.mark.parametrize("terminal", ["free", "zero"])
-def test_dpm_solver_pp_follows_diffusers_step_by_step(terminal):
+def test_dpm_solver_pp_follows_diffusers_step_by_step(terminal, scale):
     scheduler = DPMSolverMultistepScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
         timestep_spacing="trailing",
         prediction_type="v_prediction",
+        algorithm_type="sde-dpmsolver++" if scale else "dpmsolver++",
         final_sigmas_type="zero",
         rescale_betas_zero_snr=terminal == "zero",
     )
     scheduler.set_timesteps(20)
-    model = ddpm(terminal == "zero")
-    x = first = start(draws(4), 6)
-    for t in scheduler.timesteps:
+    model, given = ddpm(terminal == "zero"), draws(4)
+    x = first = start(given, 6)
+    for step, t in enumerate(scheduler.timesteps, 1):
         x0_hat, eps_hat = model.estimates(x, t.expand(4))
         v = model.alpha(t) * eps_hat - model.sigma(t) * x0_hat
-        x = scheduler.step(v, t, x).prev_sample
-    ours = solvers.dpm_solver_pp(model, first, grids.trailing(20, 1000), draws(4))
+        x = scheduler.step(v, t, x, variance_noise=given.noise(step, x)).prev_sample
+    ours = solvers.dpm_solver_pp(model, first, grids.trailing(20, 1000), given, scale)
     torch.testing.assert_close(ours, x, rtol=0, atol=5e-4)  # their table is float32
 
 
@@ -285,7 +426,14 @@ def test_euler_and_ddim_agree_where_alpha_is_one():
     torch.testing.assert_close(by_flow, by_estimates)
 
 
-NOISY = [partial(solvers.ddim, eta=1.0), solvers.euler_maruyama, solvers.multistep]
+NOISY = [
+    partial(solvers.ddim, eta=1.0),
+    solvers.ancestral,
+    solvers.euler_maruyama,
+    partial(solvers.dpm_solver_pp, scale=1.0),
+    partial(solvers.heun, s_churn=2.0),
+    solvers.multistep,
+]
 
 
 @pytest.mark.parametrize("solver", NOISY)
@@ -310,7 +458,7 @@ def test_noise_of_another_law():
     assert not torch.equal(moved, solvers.multistep(LINEAR, like, grid, solvers.Draws(1, index)))
 
 
-SOLVERS = (*ORDERS, solvers.dpm_solver_pp, solvers.euler_maruyama, solvers.jump, solvers.multistep)
+SOLVERS = (*ORDERS, *NOISY, solvers.dpm_solver_pp, solvers.jump)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

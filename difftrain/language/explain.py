@@ -12,6 +12,7 @@ from difftrain.language.derive import Derivation
 from difftrain.language.equations import MAIN, Line, equations, labels, law
 from difftrain.language.finding import SpecError
 from difftrain.language.guidance import own_guidance
+from difftrain.language.horizon import horizon, own_shift
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective, Spec
 from difftrain.language.term import Term, const, is_const, show, walk
@@ -291,7 +292,17 @@ def _sample(run, objective: Objective) -> str:
     form = "no guidance" if w == 1 else f"guidance u + {w} * (c - u), where 1 is none"
     if objective.backbone and own_guidance(objective):
         form = f"guidance {w} inside the network, none outside"
-    return f"{_value(run['solver'])}, {form}"
+    return f"{_value(run['solver'])}{_shifted(run, objective)}, {form}"
+
+
+def _shifted(run, objective: Objective) -> str:
+    """What `shift = auto` means, where it means something."""
+    options = run["solver"].options
+    even = options.get("grid") in ("auto", "even") and horizon(objective)[0] == "real"
+    shift = own_shift(objective) if even and options.get("shift") == "auto" else 1
+    if shift == 1:
+        return ""
+    return f", times shifted {'as' if math.isnan(shift) else f'by {shift:g} as'} they were trained"
 
 
 def _data(run, objective: Objective) -> str:

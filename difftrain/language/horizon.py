@@ -1,11 +1,16 @@
-"""Where sampling begins and ends: the times of an objective's process."""
+"""Where sampling begins and ends: the times of a process; and how much they were shifted."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 from difftrain.language.forms import clock
 from difftrain.language.numbers import draws, support, value
+from difftrain.language.scope import Equation, parts
 from difftrain.language.spec import Objective
 from difftrain.language.term import Term, walk
+from difftrain.language.tree import Argument, Call, Expr
 from difftrain.language.worlds import HERE, Frame
 
 
@@ -42,3 +47,36 @@ def own_law(objective: Objective) -> Term:
     if own[-1].form == "~":
         return derivation.law(own[-1])
     return derivation.number(own[-1].value, Frame(own[-1].scope, {}, HERE))
+
+
+def own_shift(objective: Objective, count: float = math.nan) -> float:
+    """How much the times that are trained are shifted towards noise, by each `shift(t, k)` on the
+    way to t; of latents of `count` numbers, where k reads that. nan where it cannot be told."""
+    derivation, found = objective.derivation(), 1.0
+    for equation, strength in _shifts(objective):
+        term = derivation.number(strength, Frame(equation.scope, {}, HERE))
+        sizes = [t for t in walk(term) if t.op == "numel"]
+        found *= value(term, dict.fromkeys(sizes, count))
+    return found
+
+
+def _shifts(objective: Objective) -> Iterator[tuple[Equation, Expr]]:
+    """Every k of the library's `shift(t, k)` in the equations of t, with its equation."""
+    for equation in objective.equations.versions.get("t", ()):
+        for call in parts(equation.value):
+            if isinstance(call, Call) and call.path == (SHIFT,) and _shipped(call, equation):
+                yield equation, _strength(call.args)
+
+
+SHIFT = "shift"  # of specs/std/function.diff
+
+
+def _shipped(call: Call, equation: Equation) -> bool:
+    definition = equation.scope.home.find("function", call.path)
+    return definition is not None and definition.shipped
+
+
+def _strength(args: tuple[Argument, ...]) -> Expr:
+    """The argument k of `shift(t, k)`."""
+    named = [a.value for a in args if a.name == "k"]
+    return named[0] if named else [a.value for a in args if a.name is None][-1]

@@ -72,6 +72,8 @@ def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None):
             return int(value) if value == int(value) else value
         case Negate(value=Number(value=value)):
             return -value
+        case Interval(low=low, high=high):
+            return tuple(read_value(end, scope, equations, found) for end in (low, high))
         case Name(path=("true",)):
             return True
         case Name(path=("false",)):
@@ -123,7 +125,7 @@ def _number(expr: Expr, scope: Scope, equations: Equations, found: list[Finding]
 
 def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> None:
     """A finding where the value is outside what the parameter may be."""
-    domain = formal.domain
+    domain = _fitting(formal.domain, value)
     if domain is None or value is None:
         return
     if isinstance(domain, ListOf):
@@ -131,7 +133,7 @@ def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> Non
             i.dotted if isinstance(i, Name) else getattr(i, "value", None) for i in domain.items
         ]
         if value not in allowed:
-            listed = ", ".join(f"`{a}`" for a in allowed)
+            listed = ", ".join(f"`{i.span.text}`" for i in domain.items)
             close = nearest(str(value), [str(a) for a in allowed])
             hint = f"write `{close}`" if close else f"it may be {listed}"
             text = f"`{formal.name}` cannot be `{expr.span.text}`"
@@ -140,6 +142,13 @@ def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> Non
         low, high = (plain(e) for e in (domain.low, domain.high))
         if None not in (low, high) and low <= high and not low <= value <= high:
             found.append(_outside(formal.name, expr, value, domain))
+
+
+def _fitting(domain: Expr | None, value) -> Expr | None:
+    """What a value is held against: a list of words may hold a range for numbers as well."""
+    items = domain.items if isinstance(domain, ListOf) else ()
+    ranges = [item for item in items if isinstance(item, Interval)]
+    return ranges[0] if ranges and isinstance(value, (int, float)) else domain
 
 
 def plain(expr: Expr) -> float | None:

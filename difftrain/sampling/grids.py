@@ -85,19 +85,24 @@ class Levels(Protocol):
 INDEX = {"trailing": trailing, "leading": leading, "uniform": uniform}
 USUAL = {"index": "trailing", "real": "even", "open": "power"}  # `grid = auto`
 NAMES = {"index": "an index", "real": "continuous", "open": "continuous"}
-DEFAULTS = {"shift": 1, "low": 0.002, "high": 80, "rho": 7}  # of specs/std/run.diff
+DEFAULTS = {"shift": "auto", "low": 0.002, "high": 80, "rho": 7}  # of specs/std/run.diff
 READ = {"even": ("shift",), "power": ("low", "high", "rho")}
 OPTIONS = ("steps", "grid", "times", *DEFAULTS)  # what of a solver's options makes its grid
 
 
-def grid(law: Law, options: Mapping[str, object], levels: Levels) -> Tensor:
+def grid(
+    law: Law, options: Mapping[str, object], levels: Levels, trained_shift: float = 1.0
+) -> Tensor:
     """The times [N + 1] that the options of a solver ask for, on a process with this law.
 
     Indices; or even times, from the end of the law or, where that is open, from where sigma / alpha
     is `high`; or the times at which sigma / alpha falls from `high` to `low` by `power`. Times in
-    `times` stand between the first and the clean end. Raises ValueError as `check` does.
+    `times` stand between the first and the clean end. `shift = auto` is the shift of the times that
+    were trained. Raises ValueError as `check` does.
     """
     check(law, options)
+    if options.get("shift", "auto") == "auto":
+        options = {**options, "shift": trained_shift}
     listed = options.get("times", ())
     steps = 1 if listed else options["steps"]
     whole = _named(law, {**DEFAULTS, **options, "steps": steps}, levels)
@@ -180,6 +185,11 @@ def at_noise(levels: Levels, noise: Tensor, low: float, high: float) -> Tensor:
     above = torch.full_like(noise, high if math.isfinite(high) else 1.0)
     while math.isinf(high) and bool(_quieter(levels, above, noise).any()):
         above = 2 * above
+    return bisected(levels, noise, below, above)
+
+
+def bisected(levels: Levels, noise: Tensor, below: Tensor, above: Tensor) -> Tensor:
+    """The times at which sigma / alpha is `noise`, each between two others: all [N]."""
     for _ in range(HALVINGS):
         middle = (below + above) / 2
         quieter = _quieter(levels, middle, noise)

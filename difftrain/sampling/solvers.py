@@ -15,6 +15,7 @@ from torch import Tensor
 
 from difftrain.compiler import random
 from difftrain.compiler.draws import Draws as Streams
+from difftrain.sampling.grids import bisected
 
 Pair = tuple[Tensor, Tensor]
 
@@ -97,6 +98,27 @@ def ddim_move(estimates: Pair, here: Pair, there: Pair, noise: Tensor, eta: floa
     return moved.to(x0_hat.dtype)
 
 
+def ancestral(
+    model: Model, x: Tensor, grid: Tensor, draws: Draws, variance: str = "small"
+) -> Tensor:
+    """Data [B, ...] by drawing x_s from q(x_s | x_t, x0_hat), the ancestor of x_t.
+
+    arXiv:2006.11239 algorithm 2, its two variances written for any alpha and sigma: `small` is that
+    of q itself, right where the data are one point (and `ddim` with eta = 1); `large` that for
+    data of variance 1, beta_t where alpha^2 + sigma^2 = 1. The last step is to the last x0_hat.
+    """
+    grid = grid.to(x.device)
+    for step, (t, s) in enumerate(pairwise(grid[:-1]), 1):
+        (a_t, s_t), (a_s, s_s) = _levels(model, t, x), _levels(model, s, x)
+        kept = a_t / a_s
+        added = (s_t**2 - (kept * s_s) ** 2).clamp(min=0)  # the variance of q(x_t | x_s)
+        share = (s_s / s_t) ** 2
+        spread = share if variance == "small" else (a_s**2 + s_s**2) / (a_t**2 + s_t**2)
+        mean = kept * share * x + a_s * added / s_t**2 * model.estimates(x, _rows(t, x))[0]
+        x = (mean + (added * spread).sqrt() * draws.noise(step, x)).to(x.dtype)
+    return model.estimates(x, _rows(grid[-2], x))[0]
+
+
 def euler(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
     """Data [B, ...] by x_s = x_t + (s - t) flow(x_t, t), for continuous processes; draws nothing.
 
@@ -108,19 +130,55 @@ def euler(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
     return x
 
 
-def heun(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
-    """Data [B, ...] by the mean of the flows at both ends of each step; draws nothing.
+def heun(
+    model: Model,
+    x: Tensor,
+    grid: Tensor,
+    draws: Draws,
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = 1e6,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Data [B, ...] by the mean of the flows at both ends of each step.
 
-    arXiv:2206.00364 algorithm 1 without churn, for every continuous process: the second flow is
-    that of (x_s, s), asked for anew, and the last step is an Euler step, as the flow may have no
-    value at the clean end. Second order in the step, 2 N - 1 evaluations.
+    arXiv:2206.00364 algorithm 2 for every continuous process (algorithm 1, which draws nothing,
+    where s_churn = 0): the second flow is that of (x_s, s), asked for anew, and the last step is an
+    Euler step, as the flow may have no value at the clean end. Second order in the step without
+    churn, 2 N - 1 evaluations.
     """
-    grid = grid.to(x.device)
-    for t, s in pairwise(grid[:-1]):
-        slope = model.flow(x, _rows(t, x))
-        ahead = x + (s - t) * slope
-        x = x + (s - t) * (slope + model.flow(ahead, _rows(s, x))) / 2
-    return euler(model, x, grid[-2:], draws)
+    churned = churn(model, grid, s_churn, s_min, s_max) if s_churn else grid[:-1]
+    grid, churned = grid.to(x.device), churned.to(x.device)
+    for step, (t, s) in enumerate(pairwise(grid), 1):
+        noisier = churned[step - 1]
+        if s_churn and step > 1:  # nothing is noisier than the start
+            x = _noised(model, x, t, noisier, s_noise * draws.noise(step, x))
+        slope = model.flow(x, _rows(noisier, x))
+        ahead = x + (s - noisier) * slope
+        if step < len(grid) - 1:
+            ahead = x + (s - noisier) * (slope + model.flow(ahead, _rows(s, x))) / 2
+        x = ahead
+    return x
+
+
+def churn(model: Model, grid: Tensor, s_churn: float, s_min: float, s_max: float) -> Tensor:
+    """The times [N] that the steps begin at once noise is added: sigma / alpha is larger by a share
+    of min(s_churn / N, sqrt(2) - 1) where it lies in s_min .. s_max (arXiv:2206.00364 algorithm 2).
+
+    Nowhere above the start of the grid, which is as noisy as the network knows.
+    """
+    times = grid[:-1]
+    noise = model.sigma(times) / model.alpha(times)
+    within = (noise >= s_min) & (noise <= s_max)
+    raised = (1 + min(s_churn / len(times), math.sqrt(2) - 1)) * noise
+    return torch.where(within, bisected(model, raised, times, times[:1].expand_as(times)), times)
+
+
+def _noised(model: Model, x: Tensor, t: Tensor, noisier: Tensor, noise: Tensor) -> Tensor:
+    """x of the time t with as much noise as belongs to a noisier one: [B, ...]."""
+    (a_t, s_t), (a, s) = _levels(model, t, x), _levels(model, noisier, x)
+    kept = a / a_t
+    return (kept * x + (s**2 - (kept * s_t) ** 2).clamp(min=0).sqrt() * noise).to(x.dtype)
 
 
 def jump(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
@@ -178,22 +236,28 @@ def _stochastic(
     return (x + h * drift + (-2 * h * spread * sigma).sqrt() * noise).to(x.dtype)
 
 
-def dpm_solver_pp(model: Model, x: Tensor, grid: Tensor, draws: Draws) -> Tensor:
+def dpm_solver_pp(
+    model: Model, x: Tensor, grid: Tensor, draws: Draws, scale: float = 0.0
+) -> Tensor:
     """Data [B, ...] by the exact solution for an x0_hat that is linear in log(alpha / sigma).
 
-    arXiv:2211.01095 algorithm 2 (DPM-Solver++(2M)): the line goes through this estimate and the
-    one before. The first step is that of `ddim`, and so is the last, to the last x0_hat. Second
-    order where steps are even in that logarithm; draws nothing.
+    arXiv:2211.01095 algorithm 2 (DPM-Solver++(2M)), and with scale = 1 the stochastic form of its
+    appendix (SDE-DPM-Solver++(2M)): g^2 is `scale` times that of the forward process. The line goes
+    through this estimate and the one before. The first step knows one estimate, and the last goes
+    to the last x0_hat. Second order where steps are even in that logarithm, without noise.
     """
     grid = grid.to(x.device)
     lead, before = 0, None
-    for t, s in pairwise(grid[:-1]):
+    for step, (t, s) in enumerate(pairwise(grid[:-1]), 1):
         (a_t, s_t), (a_s, s_s) = _levels(model, t, x), _levels(model, s, x)
         x0_hat = model.estimates(x, _rows(t, x))[0]
         length = _log_ratio(a_s, s_s) - _log_ratio(a_t, s_t)
+        fall = a_t * s_s / (s_t * a_s)  # exp(-length), 0 from pure noise
         if before:  # 1 / (2 r) of the paper; 0 after a step from pure noise, which has no end
             lead = length / (2 * before[1]) * (x0_hat - before[0])
-        x = (s_s / s_t * x + (a_s - s_s * a_t / s_t) * (x0_hat + lead)).to(x.dtype)
+        noise = draws.noise(step, x) if scale else torch.zeros_like(x)
+        moved = s_s / s_t * fall**scale * x + a_s * (1 - fall ** (1 + scale)) * (x0_hat + lead)
+        x = (moved + s_s * (1 - fall ** (2 * scale)).sqrt() * noise).to(x.dtype)
         before = x0_hat, length
     return model.estimates(x, _rows(grid[-2], x))[0]
 
@@ -222,7 +286,7 @@ def guided(
     def at(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         values = evaluate(torch.cat([x, x]), torch.cat([t, t]), both)
         w = torch.where((t >= low) & (t <= high), scale, 1.0)
-        return tuple(_mix(*value.chunk(2), w) for value in values)
+        return tuple(_mix(value[: len(x)], value[len(x) :], w) for value in values)
 
     return at
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difftrain.compiler.draws import Draws
+from difftrain.language.horizon import own_shift
 from difftrain.language.options import Run
 from difftrain.language.part import Part
 from difftrain.sampling import grids, solvers
@@ -69,7 +71,8 @@ def sample(
     """
     nets, solver = parts.plan.bind(parts.modules, weights), options["solver"]
     levels = Levels(made.levels.compute, made.tables["levels"])
-    grid = grids.grid(tuple(bundle.manifest["time"]), solver.options, levels)
+    shape = tuple(parts.codec.shape(size))
+    grid = times(bundle, solver, levels, shape)
     walk = partial(getattr(solvers, solver.module), **own_options(solver))
     estimate = made.estimates.compute, made.tables["estimates"], nets
     law = made.noise and partial(_noise, made.noise.compute)
@@ -79,10 +82,19 @@ def sample(
         told = conditions(parts, nets, [prompts[i] for i in index.tolist()])
         model = Sampler(levels.level, levels.tables, *estimate, index, *told, guidance, given)
         draws = solvers.Draws(options["seed"], index, law)
-        like = torch.zeros(len(index), *parts.codec.shape(size), device=weights.device)
+        like = torch.zeros(len(index), *shape, device=weights.device)
         x = walk(model, solvers.start(model, like, grid, draws), grid, draws)
         drawn.append(parts.codec.decode(x).cpu())
     return torch.cat(drawn)
+
+
+def times(bundle: Bundle, solver: Part, levels: Levels, shape: tuple[int, ...]) -> Tensor:
+    """The times [N + 1] that a solver walks on the process of a bundle, for latents of this shape;
+    shifted as they were trained, unless the solver says otherwise."""
+    law = tuple(bundle.manifest["time"])
+    auto = grids.chosen(law, solver.options) == "even" and solver.options["shift"] == "auto"
+    shift = own_shift(bundle.read().objective(), math.prod(shape)) if auto else 1.0
+    return grids.grid(law, solver.options, levels, shift)
 
 
 def _noise(compute: Callable, like: Tensor, draws: Draws) -> Tensor:

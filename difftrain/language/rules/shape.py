@@ -132,7 +132,9 @@ def _is_range(domain: Expr) -> bool:
             ends = plain(low), plain(high)
             return None not in ends and ends[0] <= ends[1]
         case ListOf(items=items):
-            return all(isinstance(i, (Name, Number, Text)) for i in items)
+            words = [i for i in items if not isinstance(i, Interval)]
+            whole = all(_is_range(i) for i in items if isinstance(i, Interval))
+            return whole and all(isinstance(i, (Name, Number, Text)) for i in words)
     return False
 
 
