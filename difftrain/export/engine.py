@@ -16,23 +16,13 @@ from types import ModuleType
 
 import torch
 
+from difftrain.export.errors import ExportError
+from difftrain.export.running import TYPES, log
+
 BATCH = "batch"  # what the ONNX files call the one dimension that varies
 PORTABLE = "8.0"  # the least compute capability of engines that are built for no GPU alone
-TYPES = {  # what the library calls them, and what torch does
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-    "BOOL": "bool",
-    "UINT8": "uint8",
-}
 Tensors = dict[str, tuple[str, list]]  # type and dimensions by name
 Made = tuple[bytes, dict[str, object]]  # an engine, and what is known of it
-
-
-class EngineError(Exception):
-    """An engine that cannot be built or run; `str()` is the sentence to show."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +48,7 @@ LIBRARIES = (  # in order of preference
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class Source:
     """A part of a sampler as libraries take it: an ONNX file, and the same module traced."""
 
     name: str
@@ -100,25 +90,25 @@ def library(name: str = "") -> Library:
     named = [it for it in LIBRARIES if name in ("", it.package)]
     if not named:
         known = ", ".join(f"`{it.package}`" for it in LIBRARIES)
-        raise EngineError(f"`{name}` is no engine library: use {known}")
+        raise ExportError(f"`{name}` is no engine library: use {known}")
     here = [it for it in named if installed(it.package)]
     if not here:
         wanted = name or "tensorrt-rtx"
-        raise EngineError(
+        raise ExportError(
             f"an engine needs `{wanted}`, which is not installed here: `pip install {wanted}`"
         )
     if not (usable := [it for it in here if gpu or it.anywhere]):
-        raise EngineError(
+        raise ExportError(
             f"`{here[0].package}` builds engines on a machine with a GPU, and here is none:"
             " `pip install tensorrt-rtx`, which needs none to build"
         )
     return usable[0]
 
 
-def build(piece: Piece, profile: Profile, maker: Library) -> Engine:
-    """The engine of a piece. Raises EngineError."""
+def build(source: Source, profile: Profile, maker: Library) -> Engine:
+    """The engine of a source. Raises ExportError."""
     make = _from_program if maker.builder == "torch_tensorrt" else _from_onnx
-    data, described = make(piece, profile, maker)
+    data, described = make(source, profile, maker)
     return Engine(data, {**_about(maker, profile), **described})
 
 
@@ -142,19 +132,19 @@ def capability() -> str:
 # ---- by the ONNX parser of the library
 
 
-def _from_onnx(piece: Piece, profile: Profile, maker: Library) -> Made:
+def _from_onnx(source: Source, profile: Profile, maker: Library) -> Made:
     trt = importlib.import_module(maker.builder)
     said = log(trt)
     builder = trt.Builder(said)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, said)
-    if not parser.parse_from_file(str(piece.onnx)):
-        raise EngineError(f"`{piece.name}` has no engine: {parser.get_error(0).desc()}")
+    if not parser.parse_from_file(str(source.onnx)):
+        raise ExportError(f"`{source.name}` has no engine: {parser.get_error(0).desc()}")
     described = _described(network)
     config = _config(trt, builder, described["inputs"], profile)
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise EngineError(f"`{piece.name}` has no engine: {said.first()}")
+        raise ExportError(f"`{source.name}` has no engine: {said.first()}")
     return bytes(data), described
 
 
@@ -201,9 +191,9 @@ def _precision(layer) -> str:
 # ---- by Torch-TensorRT: not run by us, as these packages fetch their libraries when installed
 
 
-def _from_program(piece: Piece, profile: Profile, maker: Library) -> Made:
+def _from_program(source: Source, profile: Profile, maker: Library) -> Made:
     compiler = importlib.import_module(maker.builder)
-    program = piece.program()
+    program = source.program()
     inputs = _inputs(program)
     try:
         data = compiler.dynamo.convert_exported_program_to_serialized_trt_engine(
@@ -213,7 +203,7 @@ def _from_program(piece: Piece, profile: Profile, maker: Library) -> Made:
             hardware_compatible=profile.portable,
         )
     except Exception as cause:  # whatever it is, the library has told it in its log
-        raise EngineError(f"`{piece.name}` has no engine: {cause}") from cause
+        raise ExportError(f"`{source.name}` has no engine: {cause}") from cause
     return bytes(data), {"inputs": inputs}
 
 
@@ -244,19 +234,15 @@ def sized(dims: Iterable, batch: int) -> tuple[int, ...]:
     return tuple(batch if d == BATCH else d for d in dims)
 
 
-def log(trt: ModuleType):
-    """A logger that keeps what the library calls an error."""
-
-    class Log(trt.ILogger):
-        def __init__(self):
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-        def first(self) -> str:
-            return self.errors[0] if self.errors else "the library does not say why"
-
-    return Log()
+def refitted(old: Engine, source: Source) -> tuple[bytes | None, str]:
+    """An engine with the weights of a piece, or None and why the library gives none."""
+    trt = importlib.import_module(old.about["runtime"])
+    said = log(trt)
+    engine = trt.Runtime(said).deserialize_cuda_engine(old.data)
+    if engine is None:
+        return None, said.first()
+    refitter = trt.Refitter(engine, said)
+    parser = trt.OnnxParserRefitter(refitter, said)
+    if not (parser.refit_from_file(str(source.onnx)) and refitter.refit_cuda_engine()):
+        return None, said.first()
+    return bytes(engine.serialize()), ""

@@ -1,0 +1,132 @@
+"""Engines that were built before: found by what they were built from.
+
+An engine holds the weights of its graph, so the key is both; one that can be refitted is found by
+its graph alone, and gets the weights that are wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+
+from difftrain.export.engine import Engine, Library, Profile, Source, build, refitted
+
+Say = Callable[[str], object]
+CHUNK = 1 << 24  # bytes of weights that are read at a time
+
+
+def home() -> Path:
+    """Where engines are kept between exports."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "difftrain", "engines")
+
+
+def engine(source: Source, profile: Profile, maker: Library, folder: Path, say: Say) -> Engine:
+    """The engine of a piece: as it was built before, refitted, or built now and kept."""
+    graph, weights = hashes(source.onnx)
+    named = {**asdict(profile), "library": maker.package, "version": maker.version, "graph": graph}
+    named |= {} if profile.refit else {"weights": weights}
+    place = folder / f"{_digest(json.dumps(named, sort_keys=True).encode())}.engine"
+    if (found := _read(place)) is None:
+        found = _keep(build(source, profile, maker), weights, place)
+        say(f"built the engine of `{source.name}`: {len(found.data) >> 10} KiB")
+    elif found.about["weights"] != weights:
+        found = _refit(found, source, profile, maker, weights, place, say)
+    else:
+        say(f"the engine of `{source.name}` was built before")
+    return found
+
+
+def _refit(
+    old: Engine,
+    source: Source,
+    profile: Profile,
+    maker: Library,
+    weights: str,
+    place: Path,
+    say: Say,
+) -> Engine:
+    """The engine with the weights of the piece: refitted, or where the library will not, built."""
+    data, why = refitted(old, source)
+    if data is None:
+        say(f"`{source.name}` is built again, as its engine takes no new weights: {why}")
+        return _keep(build(source, profile, maker), weights, place)
+    say(f"gave the engine of `{source.name}` new weights")
+    return _keep(Engine(data, old.about), weights, place)
+
+
+def hashes(onnx: Path) -> tuple[str, str]:
+    """Hashes of the graph of an ONNX file, without what names places in sources, and of its
+    weights."""
+    import onnx as format
+
+    model = format.load(str(onnx), load_external_data=False)
+    held = sha256()
+    for tensor in sorted(model.graph.initializer, key=lambda it: it.name):
+        held.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())
+        for chunk in _bytes(tensor, onnx.parent):
+            held.update(chunk)
+    _strip(model)
+    return _digest(model.SerializeToString(deterministic=True)), held.hexdigest()[:32]
+
+
+def _bytes(tensor, folder: Path) -> Iterator[bytes]:
+    """The bytes of a tensor, also where they lie in a file of their own."""
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    if not where:
+        yield tensor.SerializeToString(deterministic=True)
+        return
+    left = int(where["length"])
+    with (folder / where["location"]).open("rb") as file:
+        file.seek(int(where.get("offset", 0)))
+        while left > 0 and (chunk := file.read(min(left, CHUNK))):
+            left -= len(chunk)
+            yield chunk
+
+
+def _strip(model) -> None:
+    """Takes out of a model what its weights say, and where its sources lay."""
+    shapes = [(it.name, it.data_type, list(it.dims)) for it in model.graph.initializer]
+    del model.graph.initializer[:]
+    for name, kind, dims in shapes:
+        model.graph.initializer.add(name=name, data_type=kind, dims=dims)
+    del model.metadata_props[:], model.graph.metadata_props[:]
+    for node in [*model.graph.node, *(n for f in model.functions for n in f.node)]:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        del value.metadata_props[:]
+
+
+def _digest(data: bytes) -> str:
+    return sha256(data).hexdigest()[:32]
+
+
+def _read(place: Path) -> Engine | None:
+    """The engine at a place, with what is known of it."""
+    about = place.with_suffix(".json")
+    if not about.is_file() or not place.is_file():
+        return None
+    return Engine(place.read_bytes(), json.loads(about.read_text()))
+
+
+def _keep(made: Engine, weights: str, place: Path) -> Engine:
+    """The engine, written to its place: what is known of it last, so that it is whole."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    about = {**made.about, "weights": weights}
+    place.with_suffix(".json").unlink(missing_ok=True)
+    _write(place, made.data)
+    _write(place.with_suffix(".json"), json.dumps(about, indent=1).encode())
+    return Engine(made.data, about)
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

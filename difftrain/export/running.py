@@ -1,0 +1,259 @@
+"""Engines on a GPU, and the walk from noise to data that they make together.
+
+It runs beside TensorRT, numpy and torch alone; torch holds the memory and draws the noise.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from difftrain.compiler import random
+
+WARM = 2  # calls before a graph is captured: kernels are compiled in the first
+
+
+class Refused(Exception):
+    """What an engine cannot do here; `str()` is the sentence to show, `code` the exit code."""
+
+    def __init__(self, message: str, code: int = 2):
+        self.code = code
+        super().__init__(message)
+
+
+class Runner:
+    """An engine as a function of tensors, in the order of its inputs; answers in that of its
+    outputs. `kernels` is a file that keeps what the library compiles for this GPU."""
+
+    def __init__(self, name: str, data: bytes, about: Mapping, kernels: Path | None = None):
+        trt = runtime(about)
+        said = log(trt)
+        self.name, self.about, self.trt, self.kernels = name, about, trt, kernels
+        self.engine = trt.Runtime(said).deserialize_cuda_engine(data)
+        if self.engine is None:
+            raise Refused(f"the engine `{name}` does not run here: {said.first()}", 3)
+        self.config = _config(trt, self.engine)
+        self.compiled = self._kernels()
+        self.context = self.engine.create_execution_context(self.config)
+        size = max(1, self.engine.device_memory_size_v2)
+        self.memory = torch.empty(size, dtype=torch.uint8, device="cuda")
+        self.context.set_device_memory(self.memory.data_ptr(), size)
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        mode = trt.TensorIOMode
+        self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == mode.INPUT]
+        self.outputs = [n for n in names if self.engine.get_tensor_mode(n) == mode.OUTPUT]
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        """The outputs for inputs on the GPU, enqueued on torch's stream."""
+        for name, value in zip(self.inputs, inputs, strict=True):
+            if not self.context.set_input_shape(name, tuple(value.shape)):
+                low, high = self.about["batch"]
+                raise Refused(
+                    f"the engine `{self.name}` takes `{name}` in batches of {low} to {high} as"
+                    f" {list(self.engine.get_tensor_shape(name))}, not {list(value.shape)}"
+                )
+            self.context.set_tensor_address(name, value.data_ptr())
+        made = [self._output(name) for name in self.outputs]
+        if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise Refused(f"the engine `{self.name}` failed while it ran", 4)
+        return made
+
+    def _output(self, name: str) -> Tensor:
+        kind = getattr(torch, TYPES[self.engine.get_tensor_dtype(name).name])
+        made = torch.empty(tuple(self.context.get_tensor_shape(name)), dtype=kind, device="cuda")
+        self.context.set_tensor_address(name, made.data_ptr())
+        return made
+
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can hold a call with the shapes of the last one."""
+        ask = getattr(self.context, "is_stream_capturable", None)
+        return ask is None or ask(torch.cuda.current_stream().cuda_stream)
+
+    def _kernels(self):
+        """The library's cache of compiled kernels, with what an earlier process compiled."""
+        if self.kernels is None or not hasattr(self.config, "create_runtime_cache"):
+            return None
+        cache = self.config.create_runtime_cache()
+        if self.kernels.is_file():
+            cache.deserialize(self.kernels.read_bytes())
+        self.config.set_runtime_cache(cache)
+        return cache
+
+    def keep_kernels(self) -> None:
+        """Writes what was compiled, for the next process."""
+        if self.compiled is None:
+            return
+        self.kernels.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.kernels.with_name(f".{self.kernels.name}.{os.getpid()}")
+        beside.write_bytes(bytes(self.compiled.serialize()))
+        os.replace(beside, self.kernels)
+
+
+TYPES = {  # what the library calls types, and what torch does
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+    "UINT8": "uint8",
+}
+
+
+def _config(trt: ModuleType, engine):
+    """How an engine runs: in memory of ours, with kernels for the very shapes it is given."""
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(
+        trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    )
+    if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = eager
+    return config
+
+
+def log(trt: ModuleType):
+    """A logger that keeps what the library calls an error."""
+
+    class Log(trt.ILogger):
+        def __init__(self):
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+
+        def first(self) -> str:
+            return self.errors[0] if self.errors else "the library does not say why"
+
+    return Log()
+
+
+def runtime(about: Mapping) -> ModuleType:
+    """The module that runs an engine, if this machine is one that it was built for."""
+    module, version = about["runtime"], about["version"]
+    package = module.replace("_", "-")
+    try:
+        trt = importlib.import_module(module)
+    except ModuleNotFoundError as cause:
+        raise Refused(
+            f"these engines run under {package} {version}, which is not installed here:"
+            f" `pip install {package}=={version}`",
+            3,
+        ) from cause
+    if trt.__version__ != version:
+        raise Refused(
+            f"these engines were built by {package} {version}, and here is {trt.__version__}:"
+            f" install {version}, or export again with {trt.__version__}",
+            3,
+        )
+    return trt
+
+
+def gpu(about: Mapping) -> None:
+    """Raises Refused where there is no GPU, or another than an engine was built for."""
+    if not torch.cuda.is_available():
+        raise Refused(
+            f"these engines run on a GPU of compute capability {about['gpu']}, and here is none", 3
+        )
+    here, name = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
+    wanted, _, later = about["gpu"].partition(" ")
+    least = tuple(map(int, wanted.split(".")))
+    if here < least if later else here != least:
+        raise Refused(
+            f"these engines are for GPUs of compute capability {about['gpu']}, and `{name}` has"
+            f" {'.'.join(map(str, here))}: export again on this machine",
+            3,
+        )
+
+
+def kernels_of(data: bytes) -> Path:
+    """Where the compiled kernels of an engine are kept on this machine."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = sha256(data + torch.cuda.get_device_name().encode()).hexdigest()[:32]
+    return home / "difftrain" / "kernels" / key
+
+
+# ---- from noise to data
+
+
+class Walk:
+    """Latents [B, ...] of a seed and conditions, by a whole sampler or step by step.
+
+    `loop` is the solver as a table: see `difftrain.export.table`. All calls for one batch are one
+    CUDA graph where the library allows that.
+    """
+
+    def __init__(self, engine: Runner, loop: Mapping, shape: Sequence[int]):
+        self.engine, self.loop, self.shape = engine, loop, tuple(shape)
+        kind = torch.int64 if loop["whole"] else torch.float32
+        self.times = torch.tensor(loop["times"], dtype=kind, device="cuda")  # [N, 2]: t and r
+        self.rows = torch.tensor(loop["rows"], dtype=torch.float32, device="cuda")
+        self.graphs: dict[int, Replay] = {}
+
+    def __call__(self, seed: int, index: Tensor, told: Sequence[Tensor]) -> Tensor:
+        """Latents of the samples `index` [B] under conditions: that of each, and the empty one."""
+        noises = [self._noise(draw, seed, index) for draw in (0, *self.loop["draws"])]
+        count = len(index)
+        if count not in self.graphs:
+            self.graphs[count] = Replay(self._walk, [*noises, *told], self.engine.capturable)
+        return self.graphs[count]([*noises, *told])
+
+    def _noise(self, draw: int, seed: int, index: Tensor) -> Tensor:
+        """Draw number `draw` [B, ...]: as `difftrain sample` draws it."""
+        return random.normal("sample", seed, draw, index, self.shape)
+
+    def _walk(self, *given: Tensor) -> Tensor:
+        count = 1 + len(self.loop["draws"])
+        noises, told = given[:count], given[count:]
+        if self.loop["unrolled"]:
+            drawn = [torch.stack(noises[1:])] if count > 1 else []
+            return self.engine(noises[0], *drawn, *told)[0]
+        return self._steps(dict(zip((0, *self.loop["draws"]), noises, strict=True)), told)
+
+    def _steps(self, noises: Mapping[int, Tensor], told: Sequence[Tensor]) -> Tensor:
+        """One call of the engine for each row of the table."""
+        x = sum(weight * noises[draw] for weight, draw in self.loop["start"])
+        kept = x.new_zeros(self.loop["kept"], *x.shape)
+        for i, draw in enumerate(self.loop["row draws"]):
+            row = {"x": x, "t": self.times[i, :1], "r": self.times[i, 1:], "row": self.rows[i]}
+            row |= {"kept": kept, "noise": noises[draw if draw is not None else 0]}
+            x, *rest = self.engine(*(row[n] for n in self.loop["inputs"]), *told)
+            kept = rest[0] if rest else kept
+        return x
+
+
+class Replay:
+    """A function of tensors of fixed shapes, replayed as one CUDA graph if `allowed()` says so."""
+
+    def __init__(
+        self, call: Callable[..., Tensor], example: Sequence[Tensor], allowed: Callable[[], bool]
+    ):
+        self.call, self.inputs = call, [value.clone() for value in example]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM):
+                self.output = call(*self.inputs)
+            self.captured = allowed()
+        torch.cuda.current_stream().wait_stream(stream)
+        if self.captured:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.output = call(*self.inputs)
+
+    def __call__(self, values: Sequence[Tensor]) -> Tensor:
+        if not self.captured:
+            return self.call(*values)
+        for kept, value in zip(self.inputs, values, strict=True):
+            kept.copy_(value)
+        self.graph.replay()
+        return self.output.clone()
