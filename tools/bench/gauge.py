@@ -1,0 +1,115 @@
+"""Measuring: the time of a step, its kernels, its memory, and what the machine can do at best."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+SIDE, PRODUCTS = 8192, 20  # of the matrix products that the machine's rate is taken from
+WARM_UP = 8  # steps before any is timed; a graph is recorded in them
+BLOCK = 5  # steps that are timed together
+
+
+def wait() -> None:
+    """Until the device has done everything."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_rate(side: int = SIDE) -> float:
+    """FLOP/s of products of two square bf16 matrices on the GPU; fp32 ones of 1024 on a CPU."""
+    gpu = torch.cuda.is_available()
+    side, dtype = (side, torch.bfloat16) if gpu else (1024, torch.float32)
+    a, b = torch.randn(2, side, side, device="cuda" if gpu else "cpu", dtype=dtype)
+    for _ in range(3):
+        a @ b
+    seconds = []
+    for _ in range(PRODUCTS):
+        wait()
+        started = time.perf_counter()
+        a @ b
+        wait()
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / statistics.median(seconds)
+
+
+def forward_flops(forward: Callable[[], object]) -> int:
+    """The arithmetic of a call, 2 for each multiply-add."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
+
+
+def kernels(work: Callable[[], object]) -> Counter[str]:
+    """How often each kernel is launched; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        work()
+        return Counter()
+    wait()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        wait()
+    on_device = torch.autograd.DeviceType.CUDA
+    names = (e.name for e in profile.events() if e.device_type == on_device)
+    return Counter(name for name in names if not name.startswith(("Memcpy", "Memset")))
+
+
+def compilations() -> int:
+    """Graphs that torch compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def cache_hits() -> dict[str, int]:
+    """What torch's caches of compiled code said."""
+    found = torch._dynamo.utils.counters
+    each = {**found["inductor"], **found["aot_autograd"]}
+    kinds = ("_cache_hit", "_cache_miss", "_cache_bypass")
+    return {name: count for name, count in each.items() if name.endswith(kinds)}
+
+
+def memory() -> dict[str, float]:
+    """The greatest use so far in GB: `allocated` by tensors and `reserved` from the GPU, or the
+    resident set of a process on a CPU."""
+    if not torch.cuda.is_available():
+        return {"allocated": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    held = {
+        "allocated": torch.cuda.max_memory_allocated,
+        "reserved": torch.cuda.max_memory_reserved,
+    }
+    return {name: most() / 1e9 for name, most in held.items()}
+
+
+def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
+    """What a step takes, how the first one began, and its kernels, which are those of the third."""
+    started = time.perf_counter()
+    step()
+    wait()
+    first, hits = time.perf_counter() - started, cache_hits()
+    step()
+    launched = kernels(step)
+    for _ in range(WARM_UP - 3):
+        step()
+    known, seconds = compilations(), []
+    for _ in range(max(1, round(steps / BLOCK))):
+        wait()
+        started = time.perf_counter()
+        for _ in range(BLOCK):
+            loss = step()
+        wait()
+        seconds.append((time.perf_counter() - started) / BLOCK)
+    return {
+        "first": first,
+        "hits": hits,
+        "seconds": statistics.median(seconds),
+        "spread": [min(seconds), max(seconds)],
+        "kernels": dict(launched),
+        "recompiled": compilations() - known,
+        "loss": float(loss),
+        **memory(),
+    }

@@ -1,0 +1,64 @@
+"""The step that a user gets: a spec compiled, opened and run as `difftrain train` does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from torch import Tensor
+
+from difftrain.training.batches import Batches
+from difftrain.training.bundle import compile_spec
+from difftrain.training.own import importable
+from difftrain.training.run import Session, Stepper, open_session
+
+SPECS = Path(__file__).parent
+DATA = "latents.npz"  # as the specs call it
+CLASSES = 1000
+MANY = 1_000_000  # steps, so that none is the last one
+FED = {"latents": "x0", "index": "index", "input_ids": "input_ids"}
+
+
+def write_data(folder: Path, count: int, side: int) -> None:
+    """Random latents [count, 4, side, side], each with a caption and a class."""
+    random = np.random.default_rng(0)
+    latents = random.standard_normal((count, 4, side, side), dtype=np.float32)
+    classes = random.integers(0, CLASSES, count)
+    captions = np.array([f"latents of picture {i}" for i in range(count)])
+    np.savez(folder / DATA, x=latents, label=classes, caption=captions)
+
+
+@contextmanager
+def opened(spec: str, settings: Mapping[str, str], batch: int, side: int) -> Iterator[Session]:
+    """A run of a spec of this folder, on random latents, that is about to make its first step."""
+    bundle = compile_spec(SPECS / f"{spec}.diff", settings)
+    with TemporaryDirectory() as folder, chdir(folder), importable(bundle.texts):
+        write_data(Path(folder), batch, side)
+        yield open_session(bundle, {}, None, MANY, None, str(Path(folder, "run")), None)
+
+
+def stepping(session: Session, batch: int) -> Callable[[], Tensor]:
+    """A function that makes one step on a batch that lies on the device, and gives the loss."""
+    device, parts = session.device, session.parts
+    read = Batches(session.prepared, 0, batch).at(0)
+    fed = {ours: read[name].to(device) for name, ours in FED.items() if name in read}
+    null_ids = parts.null_ids(device)
+    fed |= {} if null_ids is None else {"null_ids": null_ids}
+    fixed = (parts.modules, parts.plan, session.programs.tables["step"])
+    step = Stepper(session)
+    return lambda: step(session.state, fed, *fixed)["loss"]
+
+
+def forward(session: Session, batch: int) -> Callable[[], object]:
+    """The network's forward alone."""
+    parts, device = session.parts, session.device
+    x = session.prepared.latents[:batch].to(device)
+    texts = [record.caption for record in session.prepared.pictures.records[:batch]]
+    cond = parts.text(parts.text.ids(texts).to(device))
+    further = session.bundle.read().objective().backbone.interface.times[1:]
+    t = x.new_zeros(len(x))
+    extra = {name.rpartition(".")[2]: t for name in further}
+    return lambda: parts.modules["student"](x, t, cond, **extra)
