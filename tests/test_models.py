@@ -257,3 +257,28 @@ def test_a_diffusers_unet_is_a_network_as_it_is(unet):
     assert isinstance(unet.module, UNet2DConditionModel)
     x, t, cond = torch.randn(1, 4, 8, 8), torch.ones(1), torch.randn(1, 8, 16)
     assert unwrap(unet.module(x, t, cond)).shape == x.shape
+
+
+@pytest.mark.parametrize("condition", ["text", "classes"])
+def test_one_product_for_q_k_and_v_changes_nothing(condition):
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    from difftrain.models.labels import Labels
+    from difftrain.models.processor import OneProduct
+
+    text = Labels(5, [], "label") if condition == "classes" else None
+    shape = dict(channels=[32, 64], layers=1, heads=2, attention=[0], groups=8, size=64, text=text)
+    torch.manual_seed(0)
+    network = sd_unet(**shape).double()
+    x, t = torch.randn(2, 4, 8, 8).double(), torch.tensor([3.0, 700.0]).double()
+    cond = torch.tensor([[1], [4]]) if text else torch.randn(2, 5, 768).double()
+    looking = [m for m in network.modules() if isinstance(m, Attention)]
+    assert looking and all(type(m.processor) is OneProduct for m in looking)
+    ours = network(x, t, cond)
+    gradients = torch.autograd.grad(ours.square().sum(), list(network.parameters()))
+    for module in looking:
+        module.set_processor(AttnProcessor2_0())
+    theirs = network(x, t, cond)
+    expected = torch.autograd.grad(theirs.square().sum(), list(network.parameters()))
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(gradients, expected, strict=True))

@@ -1,0 +1,62 @@
+"""Attention of diffusers' networks with one matrix product for what is read from one input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from difftrain.models.attention import attend
+
+
+class OneProduct:
+    """A processor of diffusers' attention: x [B, T, D], or a picture [B, D, h, w], looks at itself
+    or at text [B, S, C]. q, k and v, or k and v, come of one product with the weights side by side,
+    which stay what they are in files. There are no masks."""
+
+    def __call__(
+        self,
+        attn,
+        hidden_states: Tensor,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        temb=None,
+    ) -> Tensor:
+        picture, x = hidden_states, hidden_states
+        if picture.dim() == 4:
+            x = picture.flatten(2)
+            x = (x if attn.group_norm is None else attn.group_norm(x)).transpose(1, 2)
+        if encoder_hidden_states is None:
+            q, k, v = _heads(attn, x, attn.to_q, attn.to_k, attn.to_v)
+        else:
+            (q,) = _heads(attn, x, attn.to_q)
+            k, v = _heads(attn, encoder_hidden_states, attn.to_k, attn.to_v)
+        x = attn.to_out[1](attn.to_out[0](attend(q, k, v, fused=True)))
+        x = x.transpose(1, 2).unflatten(2, picture.shape[2:]) if picture.dim() == 4 else x
+        x = x + picture if attn.residual_connection else x
+        return x / attn.rescale_output_factor
+
+
+def _heads(attn, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """[B, heads, T, D / heads] of each layer."""
+    weight = torch.cat([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers]
+    bias = None if biases[0] is None else torch.cat(biases)
+    made = F.linear(x, weight, bias).unflatten(2, (len(layers), attn.heads, -1))
+    return made.permute(2, 0, 3, 1, 4).unbind()
+
+
+def join_products(module: nn.Module) -> None:
+    """Lets every attention that looks at one thing at a time, plainly, make one product of it."""
+    from diffusers.models.attention_processor import Attention
+
+    for child in module.modules():
+        if isinstance(child, Attention) and _plain(child):
+            child.set_processor(OneProduct())
+
+
+def _plain(attn) -> bool:
+    further = (attn.norm_q, attn.norm_k, attn.spatial_norm, attn.added_kv_proj_dim, attn.norm_cross)
+    return not any(further) and attn.to_k.out_features == attn.to_v.out_features == (
+        attn.to_q.out_features
+    )
