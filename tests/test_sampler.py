@@ -30,7 +30,7 @@ def sampler(body: str, network=student, times="[t]", inputs="[]", **parts) -> Sa
     spec, found = check(Source("test.diff", text))
     assert not [f for f in found if f.severity == "error"], found
     objective = spec.objective()
-    levels = compile_quantities(objective, ("alpha", "sigma"), fixed=("t",))
+    levels = compile_quantities(objective, ("alpha", "sigma", "row_a", "row_b"), fixed=("t",))
     estimates = compile_quantities(objective, ("x0_hat", "eps_hat"), fixed=moment(objective))
     return Sampler(
         levels.compute,
@@ -136,6 +136,132 @@ def test_guidance_reaches_flows_and_jumps(body, times, eps):
         torch.testing.assert_close(ask(guided), ask(empty) + 3 * (ask(plain) - ask(empty)))
 
 
+STRAIGHT = "process = linear\nprediction_type = flow"
+COND, NULL = torch.tensor([[1.0], [2.0]]), torch.tensor([[-1.0]])
+
+
+class Watched:
+    """A network that remembers how many rows each of its calls had."""
+
+    def __init__(self, strength=1.0):
+        self.rows, self.strength = [], strength
+
+    def __call__(self, x, t, cond=None, r=None):
+        self.rows.append(len(x))
+        return self.strength * (0.3 * x + column(t) * cond[:, :, None, None])
+
+
+@pytest.mark.parametrize(
+    ("solver", "calls"), [(solvers.heun, 9), (solvers.euler_maruyama, 5), (solvers.ddim, 5)]
+)
+@pytest.mark.parametrize(("guidance", "rows"), [(1.0, 2), (3.0, 4)])
+def test_each_evaluation_is_one_forward_of_both_conditions(eps, solver, calls, guidance, rows):
+    """`euler_maruyama` takes flow and score from it; `heun` asks anew, with guidance, each time."""
+    network = Watched()
+    model = sampler(STRAIGHT, network, cond=COND, null=NULL, guidance=guidance)
+    solver(model, eps, grids.shifted(5), DRAWS)
+    assert network.rows == [rows] * calls
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"),
+    [(solvers.euler, 1), (solvers.ddim, 1), (solvers.heun, 2), (solvers.dpm_solver_pp, 2)],
+)
+def test_the_order_of_convergence_with_guidance(eps, solver, order):
+    """dx / dt = 0.3 x + t g from t = 0.9 down to 0.1, whose solution is known, as g is constant."""
+    model = sampler(STRAIGHT, Watched(), cond=COND, null=NULL, guidance=3.0)
+    g = (NULL + 3 * (COND - NULL)).double()[:, :, None, None]
+
+    def path(t):  # the solution through eps at t = 0.9: a particular one and exp(0.3 t)
+        def particular(t):
+            return -g * (t / 0.3 + 1 / 0.09)
+
+        return particular(t) + (eps - particular(0.9)) * math.exp(0.3 * (t - 0.9))
+
+    errors = []
+    for steps in (32, 64, 128):
+        ratio = torch.linspace(math.log(9), math.log(1 / 9), steps + 1, dtype=torch.float64).exp()
+        times = ratio / (1 + ratio)  # even in log(sigma / alpha)
+        ends = []
+        Stopping(model, ends, steps).run(solver, eps, torch.cat([times, times.new_zeros(1)]))
+        errors.append(float((ends[0] - path(0.1)).abs().max()))
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert slopes == pytest.approx([order] * 2, abs=0.15)
+
+
+class Stopping:
+    """A model that keeps what the solver has after so many steps, where it is asked last."""
+
+    def __init__(self, model, ends, steps):
+        self.model, self.ends, self.steps = model, ends, steps
+
+    def run(self, solver, x, grid):
+        self.last = grid[-2]
+        solver(self, x, grid, DRAWS)
+
+    def __getattr__(self, name):
+        asked = getattr(self.model, name)
+        if name not in ("estimates", "flow"):
+            return asked
+
+        def ask(x, t):
+            if float(t[0]) == float(self.last):
+                self.ends[:] = [x]
+            return asked(x, t)
+
+        return ask
+
+
+def test_guidance_rests_outside_its_interval(eps):
+    """In sigma / alpha, above the lower end up to the upper one (arXiv:2404.07724)."""
+    given = {"cond": COND, "null": NULL}
+    model = sampler(STRAIGHT, Watched(), guidance=3.0, interval=(0.25, 1.0), **given)
+    plain, strong = (sampler(STRAIGHT, Watched(), guidance=w, **given) for w in (1.0, 3.0))
+    for t, same in ((0.1, plain), (0.2, plain), (0.21, strong), (0.5, strong), (0.51, plain)):
+        at = torch.full((2,), t, dtype=torch.float64)
+        torch.testing.assert_close(model.flow(eps, at), same.flow(eps, at))
+    pure = torch.ones(2, dtype=torch.float64)
+    torch.testing.assert_close(model.flow(eps, pure), plain.flow(eps, pure))
+
+
+BODIES = {
+    STRAIGHT: lambda a, s, x0, e: e - x0,
+    "process = ddpm(steps = 10)\nprediction_type = epsilon": lambda a, s, x0, e: e,
+    "process = gvp\nprediction_type = v_prediction": lambda a, s, x0, e: a * e - s * x0,
+    EDM: lambda a, s, x0, e: x0,
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("rescale", [0.7, 1.0])
+def test_guided_predictions_are_rescaled_as_published(eps, body, rescale):
+    """arXiv:2305.08891 eq. 15-16 on what the network predicts, whatever that is."""
+    given = {"cond": COND, "null": NULL}
+    t = torch.tensor([3, 6]) if "ddpm" in body else torch.tensor([0.3, 0.6], dtype=torch.float64)
+    models = [
+        sampler(body, Watched(), guidance=w, rescale=phi, **given)
+        for w, phi in ((1.0, 0.0), (5.0, 0.0), (5.0, rescale))
+    ]
+    alpha, sigma = (column(level(t)) for level in (models[0].alpha, models[0].sigma))
+    pairs = [model.estimates(eps, t) for model in models]
+    before, guided, ours = (BODIES[body](alpha, sigma, *pair) for pair in pairs)
+    deviations = [column(p.flatten(1).std(dim=1)) for p in (before, guided)]
+    wanted = rescale * guided * deviations[0] / deviations[1] + (1 - rescale) * guided
+    torch.testing.assert_close(ours, wanted)
+    torch.testing.assert_close(alpha * pairs[2][0] + sigma * pairs[2][1], eps)
+
+
+def test_a_weaker_model_guides(eps):
+    """arXiv:2406.02507: w D1 + (1 - w) D0, the same condition for both, each asked once."""
+    strong, weak = Watched(), Watched(strength=0.5)
+    guide = sampler(STRAIGHT, weak, cond=COND)
+    model = sampler(STRAIGHT, strong, cond=COND, null=NULL, guidance=2.0, guide=guide)
+    t = torch.tensor([0.3, 0.6], dtype=torch.float64)
+    flow = 0.3 * eps + column(t) * COND[:, :, None, None]
+    torch.testing.assert_close(model.flow(eps, t), 2 * flow - 0.5 * flow)
+    assert strong.rows == weak.rows == [2]
+
+
 # ---- whole runs
 
 
@@ -145,12 +271,13 @@ def test_pictures_are_the_same_in_any_company(monkeypatch):
     spec = bundle.read()
     device = lowering.device("cpu")
     parts = build_parts(spec.objective(), Known(), 0, device)
-    made, options = evaluate.programs(bundle, device), block(spec, "sample")
+    model = evaluate.Model(bundle, evaluate.programs(bundle, device), parts, parts.weights, 0)
+    options = block(spec, "sample")
     prompts = [f"picture {c}" for c in "abcde"]
 
     def drawn(together: int, texts: list[str]) -> torch.Tensor:
         monkeypatch.setattr(evaluate, "TOGETHER", together)
-        return evaluate.sample(bundle, made, parts, parts.weights, options, texts, 64)
+        return evaluate.sample(model, options, texts, 64)
 
     whole = drawn(64, prompts)
     assert whole.shape == (5, 3, 64, 64)

@@ -468,34 +468,6 @@ def test_the_precision_of_x_is_kept(solver, dtype):
     assert solver(LINEAR, x, grids.shifted(3), draws(2)).dtype == dtype
 
 
-def affine(x, t, cond):
-    return x * cond[:, None] + t[:, None], cond[:, None] - x
-
-
-def test_guidance_is_one_batch_of_both_conditions():
-    batches = []
-
-    def evaluate(x, t, cond):
-        batches.append(len(x))
-        return affine(x, t, cond)
-
-    x, t = torch.randn(3, 4), torch.tensor([0.1, 0.5, 0.9])
-    cond, null = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([-1.0])
-    given = solvers.guided(evaluate, cond, null, 7.5)(x, t)
-    pairs = zip(affine(x, t, null), affine(x, t, cond), strict=True)
-    for ours, (u, c) in zip(given, pairs, strict=True):
-        torch.testing.assert_close(ours, u + 7.5 * (c - u))
-    assert batches == [6]
-
-
-def test_guidance_rests_outside_its_interval():
-    x, t = torch.randn(3, 4), torch.tensor([0.1, 0.5, 0.9])
-    cond, null = torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3)
-    evaluate = solvers.guided(affine, cond, null, 3.0, interval=(0.3, 0.6))
-    plain, strong = affine(x, t, cond)[1], affine(x, t, 3 * cond)[1]
-    torch.testing.assert_close(evaluate(x, t)[1], torch.stack([plain[0], strong[1], plain[2]]))
-
-
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_finer_table_of_levels_does_not_change_the_precision_of_x(eta):
     table, given, grid = ddpm(), draws(2), grids.trailing(4, 1000)

@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     bundle, checkpoint = open_run(args.run)
     spec = bundle.read()
-    model, options = open_model(bundle, spec.objective(), checkpoint), block(spec, "sample")
+    model, options = open_model(bundle, spec.objective(), checkpoint, SIDE), block(spec, "sample")
     seen, unseen = (open_source("emoji64", split=split) for split in ("train", "test"))
     labels = {k: sorted({r.fields[k] for r in seen.records}) for k in ("label", "style")}
     real, held = reals(seen, labels), reals(unseen, labels)
@@ -67,9 +67,7 @@ def reals(pictures: Pictures, labels: dict, rows=None) -> Reals:
 
 def samples(model, options, captions: list[str]) -> Tensor:
     """One picture a caption, from the averaged weights, on the CPU."""
-    images = evaluate.sample(
-        model.bundle, model.programs, model.parts, model.weights, options, captions, SIDE
-    )
+    images = evaluate.sample(model, options, captions, SIDE)
     return images.float().cpu().clamp(-1, 1)
 
 

@@ -15,13 +15,13 @@ from difftrain.models.errors import PartError
 GROUP = "difftrain.parts"  # entry points of packages: a name, and "package.module:function"
 
 
-def offered() -> dict[str, str]:
-    """The builders that installed packages offer: name -> "package.module:function"."""
-    return {entry.name: entry.value for entry in entry_points(group=GROUP)}
+def offered(group: str = GROUP) -> dict[str, str]:
+    """What installed packages offer in a group: name -> "package.module:function"."""
+    return {entry.name: entry.value for entry in entry_points(group=group)}
 
 
 def imported(place: str) -> Callable:
-    """The builder at "package.module:function". Raises PartError."""
+    """The function at "package.module:function". Raises PartError."""
     path, _, name = place.partition(":")
     module = _module(path, place)
     made = getattr(module, name, None)

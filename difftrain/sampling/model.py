@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from difftrain.compiler.draws import Draws
-from difftrain.sampling.solvers import Pair, guided
+from difftrain.sampling.solvers import Pair, column
 
 Tables = Mapping[str, Tensor]
 
@@ -46,7 +46,9 @@ class Levels:
 class Sampler(Levels):
     """Implements `solvers.Model` for the samples of `index` [B], on emitted programs.
 
-    Conditions are [B, ...], the empty one [1, ...]; None where there are none.
+    Conditions are [B, ...], the empty one [1, ...]; None where there are none. A guidance w makes
+    u + w (c - u) of the estimate c and a weaker one u (arXiv:2205.11487 eq. 2, where 1 is none):
+    that of the `guide` (arXiv:2406.02507), or the network's own under the empty condition.
     """
 
     estimate: Callable  # compute of estimates.py
@@ -58,6 +60,9 @@ class Sampler(Levels):
     guidance: float = 1.0
     given: Mapping[str, float] = field(default_factory=dict)  # further inputs of the network
     last: dict[str, Tensor] = field(default_factory=dict)  # the estimate of the evaluation before
+    interval: tuple[float, ...] = ()  # of sigma / alpha, where guidance is on; empty: everywhere
+    rescale: float = 0.0  # how far guided predictions get the deviation of those before
+    guide: Sampler | None = None  # a weaker model of the same samples
 
     def estimates(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Pair:
         """(x0_hat, eps_hat) at x [B, ...] and t [B], guided; of the way from t down to r [B], where
@@ -71,18 +76,50 @@ class Sampler(Levels):
     def average(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """The mean of the tangent from t [B] down to r [B], where the network is told both."""
         x0_hat, eps_hat = self.estimates(x, t, r)
-        rise, fall = (c.reshape(-1, *(1,) * (x.dim() - 1)) for c in self.slopes(t))
+        rise, fall = (column(slope, x) for slope in self.slopes(t))
         return rise * x0_hat + fall * eps_hat
 
     def _guided(self, x: Tensor, t: Tensor, r: Tensor) -> Pair:
-        def at(x: Tensor, t: Tensor, cond: Tensor | None) -> Pair:
-            return self._both(x, t, r.repeat(len(t) // len(r)), cond)
-
-        plain = self.guidance == 1 or self.cond is None
-        ask = guided(at, self.cond, self.null, self.guidance) if not plain else None
-        found = at(x, t, self.cond) if plain else ask(x, t)
+        plain = self.guidance == 1 or (self.guide is None and self.cond is None)
+        found = self._both(x, t, r, self.cond) if plain else self._pushed(x, t, r)
         self.last["guess"] = found[0]
         return found
+
+    def _pushed(self, x: Tensor, t: Tensor, r: Tensor) -> Pair:
+        """The estimates, away from the weaker ones: each network is asked once."""
+        strong, weak = self._twice(x, t, r) if self.guide is None else self._beside(x, t, r)
+        w = column(self._strength(t), x).to(x.dtype)
+        mixed = tuple(u + w * (c - u) for c, u in zip(strong, weak, strict=True))
+        return self._rescaled(strong, mixed, t) if self.rescale else mixed
+
+    def _twice(self, x: Tensor, t: Tensor, r: Tensor) -> tuple[Pair, Pair]:
+        """The estimates with the condition and with the empty one, as one batch of 2 B."""
+        both = torch.cat([self.cond, self.null.expand_as(self.cond)])
+        values = self._both(torch.cat([x, x]), torch.cat([t, t]), torch.cat([r, r]), both)
+        return tuple(zip(*((v[: len(x)], v[len(x) :]) for v in values), strict=True))
+
+    def _beside(self, x: Tensor, t: Tensor, r: Tensor) -> tuple[Pair, Pair]:
+        """The estimates, and those of the guide at the same place."""
+        return self._both(x, t, r, self.cond), self.guide.estimates(x, t, r)
+
+    def _strength(self, t: Tensor) -> Tensor:
+        """The guidance at t [B], 1 outside low < sigma / alpha <= high (arXiv:2404.07724): [B]."""
+        scale = torch.full_like(t, self.guidance, dtype=_real(t))
+        if not self.interval:
+            return scale
+        (low, high), alpha, sigma = self.interval, self.alpha(t), self.sigma(t)
+        return torch.where((sigma > low * alpha) & (sigma <= high * alpha), scale, 1.0)
+
+    def _rescaled(self, strong: Pair, mixed: Pair, t: Tensor) -> Pair:
+        """Guided estimates whose prediction row_a x0_hat + row_b eps_hat has, for a share `rescale`
+        of it, the deviation of the prediction before (arXiv:2305.08891 eq. 15-16)."""
+        names = ("alpha", "sigma", "row_a", "row_b")
+        alpha, sigma, a, b = (column(self._level(n, t), mixed[0]) for n in names)
+        before, after = ((a * x0 + b * eps).to(x0.dtype) for x0, eps in (strong, mixed))
+        deviations = (column(p.flatten(1).std(dim=1), p) for p in (before, after))
+        added = self.rescale * (torch.div(*deviations) - 1) * after / (alpha * b - sigma * a)
+        (x0_hat, eps_hat), kind = mixed, mixed[0].dtype
+        return (x0_hat - sigma * added).to(kind), (eps_hat + alpha * added).to(kind)
 
     def _both(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Pair:
         inputs = {"xt": x, "t": t, "time": t, "r": r, "cond": cond, "null": None}

@@ -12,6 +12,7 @@ from torch import Tensor
 GAP = 4  # white pixels between pictures and around them
 FONT_SIZE = 10
 LINE = 12  # pixels a caption line takes
+DIGITS = 4  # of a picture's number
 
 
 def grid_png(
@@ -26,12 +27,28 @@ def grid_png(
     `settings` become text entries of the PNG (strings as they are, the rest as JSON). The file
     appears whole or not at all.
     """
-    sheet = _sheet(to_bytes(images), columns, captions)
+    _write(Path(path), _sheet(to_bytes(images), columns, captions), _text(settings or {}))
+
+
+def write_pngs(
+    folder: str | Path, images: Tensor, settings: Sequence[Mapping[str, object]]
+) -> None:
+    """Writes images [N, 3, H, W] in [-1, 1] as 0000.png, 0001.png, …, each with its settings;
+    pictures of higher numbers that lay there before are gone."""
+    for i, (pixels, each) in enumerate(zip(to_bytes(images), settings, strict=True)):
+        picture = Image.fromarray(pixels.numpy())
+        _write(Path(folder) / f"{i:0{DIGITS}}.png", picture, _text(each))
+    for old in Path(folder).glob("[0-9]" * DIGITS + ".png"):
+        if int(old.stem) >= len(images):
+            old.unlink()
+
+
+def _text(settings: Mapping[str, object]) -> PngImagePlugin.PngInfo:
     text = PngImagePlugin.PngInfo()
-    for name, value in (settings or {}).items():
+    for name, value in settings.items():
         words = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         text.add_text(name, words)
-    _write(Path(path), sheet, text)
+    return text
 
 
 def to_bytes(images: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ def _stochastic(
     """One step of length h < 0 from the time t: [B, ...]."""
     x0_hat, eps_hat = model.estimates(x, _rows(t, x))
     alpha, sigma = _levels(model, t, x)
-    rise, fall = (_column(slope, x) for slope in model.slopes(t.expand(len(x))))
+    rise, fall = (column(slope, x) for slope in model.slopes(t.expand(len(x))))
     spread = scale * (alpha * fall - sigma * rise)
     drift = rise * x0_hat + (fall + spread) * eps_hat
     return (x + h * drift + (-2 * h * spread * sigma).sqrt() * noise).to(x.dtype)
@@ -267,34 +267,6 @@ def _log_ratio(alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha.log() - sigma.log()
 
 
-def guided(
-    evaluate: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]],
-    cond: Tensor,
-    null: Tensor,
-    scale: float,
-    interval: tuple[float, float] = (-math.inf, math.inf),
-) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """`evaluate` under classifier-free guidance, as a function of (x, t): u + scale (c - u).
-
-    `evaluate(x, t, cond)` gives quantities affine in the prediction ([B, ...] each, as x0_hat,
-    eps_hat, flow_hat are); both conditions run as one batch of 2 B. scale = 1 is no guidance
-    (arXiv:2205.11487 eq. 2), and so is a time outside `interval` (arXiv:2404.07724).
-    """
-    both = torch.cat([cond, null.expand_as(cond)])
-    low, high = interval
-
-    def at(x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        values = evaluate(torch.cat([x, x]), torch.cat([t, t]), both)
-        w = torch.where((t >= low) & (t <= high), scale, 1.0)
-        return tuple(_mix(value[: len(x)], value[len(x) :], w) for value in values)
-
-    return at
-
-
-def _mix(c: Tensor, u: Tensor, w: Tensor) -> Tensor:
-    return u + _column(w, u).to(u.dtype) * (c - u)
-
-
 def _rows(time: Tensor, x: Tensor) -> Tensor:
     """A time of the grid for every row, as networks are told it: a real one in x's precision."""
     return time.expand(len(x)).to(x.dtype if time.is_floating_point() else time.dtype)
@@ -303,9 +275,9 @@ def _rows(time: Tensor, x: Tensor) -> Tensor:
 def _levels(model: Model, time: Tensor, x: Tensor) -> Pair:
     """alpha and sigma at a time of the grid, in its precision, shaped to multiply x."""
     t = time.expand(len(x))
-    return _column(model.alpha(t), x), _column(model.sigma(t), x)
+    return column(model.alpha(t), x), column(model.sigma(t), x)
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
+def column(values: Tensor, like: Tensor) -> Tensor:
     """values [B] as [B, 1, ...]."""
     return values.reshape(-1, *[1] * (like.ndim - 1))

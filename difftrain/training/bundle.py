@@ -44,7 +44,7 @@ from difftrain.training import own
 
 ESTIMATES = ("x0_hat", "eps_hat")
 ARRAYS = "arrays"  # the source of what is no picture
-LEVELS = ("alpha", "sigma", "row_a", "c_out")
+LEVELS = ("alpha", "sigma", "row_a", "row_b", "c_out")
 GUESS = "guess"  # an earlier estimate that the network is shown
 NOISE = "eps@0"  # as drawn: what a strategy adds to it is for training alone
 RUNTIME = {  # what may be set without compiling again
@@ -53,7 +53,10 @@ RUNTIME = {  # what may be set without compiling again
         "steps", "device", "compile", "resume_from", "start_from", "teacher", "seed", "keep",
         "save_every", "sample_every", "snapshots_every", "log_every",
     ),
-    "sample": ("solver", "guidance", "prompts", "count", "seed"),
+    "sample": (
+        "solver", "guidance", "guidance_interval", "guidance_rescale", "guide", "prompts", "count",
+        "seed",
+    ),
 }  # fmt: skip
 
 

@@ -16,8 +16,10 @@ from difftrain.language.options import Run
 from difftrain.language.part import Part
 from difftrain.sampling import grids, solvers
 from difftrain.sampling.model import Levels, Sampler
+from difftrain.sampling.walks import Walk, walk
 from difftrain.training.bundle import Bundle
 from difftrain.training.latents import Prepared, signed
+from difftrain.training.own import importable
 from difftrain.training.parts import Parts
 from difftrain.training.state import AVERAGE
 
@@ -55,37 +57,66 @@ def programs(bundle: Bundle, device) -> Programs:
 # ---- samples
 
 
+@dataclass(frozen=True, eq=False)
+class Model:
+    """What samples are made with: weights [P] of a bundle's modules after `step` steps."""
+
+    bundle: Bundle
+    programs: Programs
+    parts: Parts
+    weights: Tensor
+    step: int
+    width: str = ""  # the width of an average that was made after training
+
+
 @torch.no_grad()
 def sample(
-    bundle: Bundle,
-    made: Programs,
-    parts: Parts,
-    weights: Tensor,
-    options: Run,
-    prompts: list[str],
-    size: int,
+    model: Model, options: Run, prompts: list[str], size: int, guide: Model | None = None
 ) -> Tensor:
-    """Pictures [N, 3, size, size] of the prompts, from weights [P]; no state is touched.
+    """Pictures [N, 3, size, size] of the prompts; no state is touched.
 
     The n-th picture is the same in whichever company it is drawn.
     """
-    nets, solver = parts.plan.bind(parts.modules, weights), options["solver"]
+    made, parts, device = model.programs, model.parts, model.weights.device
+    solver, shape = options["solver"], tuple(parts.codec.shape(size))
     levels = Levels(made.levels.compute, made.tables["levels"])
-    shape = tuple(parts.codec.shape(size))
-    grid = times(bundle, solver, levels, shape)
-    walk = partial(getattr(solvers, solver.module), **own_options(solver))
-    estimate = made.estimates.compute, made.tables["estimates"], nets
-    law = made.noise and partial(_noise, made.noise.compute)
-    guidance, given = own_guidance(bundle, options["guidance"])
+    grid = times(model.bundle, solver, levels, shape)
+    go = walking(model.bundle, solver)
+    law = made.noise and partial(own_noise, made.noise.compute)
     drawn = []
-    for index in torch.arange(len(prompts), device=weights.device).split(TOGETHER):
-        told = conditions(parts, nets, [prompts[i] for i in index.tolist()])
-        model = Sampler(levels.level, levels.tables, *estimate, index, *told, guidance, given)
+    for index in torch.arange(len(prompts), device=device).split(TOGETHER):
+        texts = [prompts[i] for i in index.tolist()]
+        asked = sampler(model, options, index, texts, guide)
         draws = solvers.Draws(options["seed"], index, law)
-        like = torch.zeros(len(index), *shape, device=weights.device)
-        x = walk(model, solvers.start(model, like, grid, draws), grid, draws)
+        like = torch.zeros(len(index), *shape, device=device)
+        x = go(asked, solvers.start(asked, like, grid, draws), grid, draws)
         drawn.append(parts.codec.decode(x).cpu())
     return torch.cat(drawn)
+
+
+def sampler(
+    model: Model, options: Run, index: Tensor, prompts: list[str], guide: Model | None = None
+) -> Sampler:
+    """What a solver asks for the samples of `index` [B] and their prompts, guided as the options
+    of `sample` say."""
+    scale, inside = own_guidance(model.bundle, options["guidance"])
+    weaker = guide and _sampler(guide, index, prompts, given=own_guidance(guide.bundle, 1.0)[1])
+    ways = {"interval": options["guidance_interval"], "rescale": options["guidance_rescale"]}
+    return _sampler(model, index, prompts, guidance=scale, given=inside, guide=weaker, **ways)
+
+
+def _sampler(model: Model, index: Tensor, prompts: list[str], **guidance) -> Sampler:
+    made, parts = model.programs, model.parts
+    nets = parts.plan.bind(parts.modules, model.weights)
+    levels = made.levels.compute, made.tables["levels"]
+    estimate = made.estimates.compute, made.tables["estimates"], nets
+    return Sampler(*levels, *estimate, index, *conditions(parts, nets, prompts), **guidance)
+
+
+def walking(bundle: Bundle, solver: Part) -> Walk:
+    """The solver `(model, x, grid, draws) -> x` that a spec asks for. Raises PartError."""
+    with importable(bundle.texts):
+        return walk(solver)
 
 
 def times(bundle: Bundle, solver: Part, levels: Levels, shape: tuple[int, ...]) -> Tensor:
@@ -97,7 +128,7 @@ def times(bundle: Bundle, solver: Part, levels: Levels, shape: tuple[int, ...]) 
     return grids.grid(law, solver.options, levels, shift)
 
 
-def _noise(compute: Callable, like: Tensor, draws: Draws) -> Tensor:
+def own_noise(compute: Callable, like: Tensor, draws: Draws) -> Tensor:
     """Noise [B, ...] of the objective's own law."""
     return compute({"x0": like}, draws, {}, {})["eps@0"]
 
@@ -106,11 +137,6 @@ def own_guidance(bundle: Bundle, scale: float) -> tuple[float, dict[str, float]]
     """The guidance that a solver applies, and the inputs of a network that has it inside."""
     inside = {n: a * scale + b for n, (a, b) in bundle.manifest["guidance"].items()}
     return (1.0 if inside else scale), inside
-
-
-def own_options(solver: Part) -> dict[str, object]:
-    """The options of a solver that do not make its grid."""
-    return {name: v for name, v in solver.options.items() if name not in grids.OPTIONS}
 
 
 def conditions(

@@ -171,6 +171,7 @@ def _preparing(objective: Objective, parts: Parts, data: Run, folder: Path, devi
 def _possible(bundle: Bundle, train: Run, sample: Run, device: torch.device) -> None:
     """Refuses at once what would be refused after hours."""
     samples.fits(bundle, sample["solver"])
+    samples.guiding(bundle, sample)
     if train["compile"] == "on":
         lowering.choose("on", device.type, 0, None)
 

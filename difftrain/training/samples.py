@@ -5,42 +5,34 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
+import difftrain
 from difftrain.compiler import lowering
+from difftrain.compiler.texts import versions
 from difftrain.language.options import Run
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective
 from difftrain.sampling import grids
-from difftrain.sampling.pictures import grid_png, to_bytes
+from difftrain.sampling.model import Levels
+from difftrain.sampling.pictures import grid_png, to_bytes, write_pngs
 from difftrain.training import evaluate, state
 from difftrain.training.arrays import Arrays
 from difftrain.training.bundle import ARRAYS, Bundle, SettingError, block
+from difftrain.training.evaluate import Model
 from difftrain.training.folder import FolderError, open_run
 from difftrain.training.known import told
 from difftrain.training.own import importable
-from difftrain.training.parts import Parts, build_parts, condition_field, held_out, opened
+from difftrain.training.parts import build_parts, condition_field, held_out, opened
 from difftrain.training.sources import DataError, Pictures
 
 COLUMNS = 8  # at most
 SHOWN = 64  # of the pictures that are all saved
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """What samples are made with: weights [P] of a bundle's modules after `step` steps."""
-
-    bundle: Bundle
-    programs: evaluate.Programs
-    parts: Parts
-    weights: Tensor
-    step: int
-    width: str = ""  # the width of an average that was made after training
 
 
 def sample(
@@ -54,13 +46,14 @@ def sample(
     weights: str | None = None,
 ) -> Path:
     """What is drawn from the averaged weights of a run, or of a checkpoint in it, or of the file
-    `weights`: a grid of pictures, or the arrays. `save` names a file for all pictures; the grid
-    then has the first."""
+    `weights`: a grid of pictures, or the arrays. Each picture also lies in a folder beside the
+    grid, or all of them in the file that `save` names; a grid has the first."""
     bundle, checkpoint = open_run(run)
     checkpoint = _file(weights) if weights else checkpoint
     spec = bundle.read(settings, ("sample", "data"))
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
     fits(bundle, options["solver"])
+    guiding(bundle, options)
     read = condition_field(objective)
     if prompts and not read:
         raise SettingError("this network reads no condition: leave out `--prompt`")
@@ -70,7 +63,8 @@ def sample(
         texts = texts or _captions(data, read, count or options["count"])
         texts = list(islice(cycle(texts), count)) if count else texts
         path = Path(out or f"{bundle.name}{ending(data)}")
-        return draw(model, options, data["size"], texts, path, save and Path(save))
+        place = Path(save) if save else path.with_name(f"{path.stem}-pictures")
+        return draw(model, options, data["size"], texts, path, place)
 
 
 def _file(weights: str) -> Path:
@@ -133,42 +127,122 @@ def fits(bundle: Bundle, solver: Part) -> None:
         raise SettingError(str(problem)) from problem
 
 
+# ---- a weaker model that guides
+
+
+def guiding(bundle: Bundle, options: Run) -> tuple[Bundle, Path] | None:
+    """The run that guides, and its checkpoint, if there is one. Raises FolderError."""
+    if not options["guide"]:
+        return None
+    guide, checkpoint = open_run(options["guide"])
+    here, there = (tuple(b.manifest["time"]) for b in (bundle, guide))
+    if here != there or not _equally_noisy(bundle, guide):
+        raise FolderError(
+            f"`{options['guide']}` cannot guide this run: its process has other levels of noise, so"
+            " the two estimate from different things; give a run of the same process"
+        )
+    return guide, checkpoint
+
+
+def _equally_noisy(one: Bundle, two: Bundle) -> bool:
+    """Whether alpha and sigma of two runs of one time are the same."""
+    kind, low, high = one.manifest["time"]
+    t = torch.linspace(low, min(high, FAR), POINTS, dtype=torch.float64)
+    t = torch.arange(int(high)) if kind == "index" else t
+    modules = (bundle.module("levels.py") for bundle in (one, two))
+    first, second = (Levels(module.compute, module.tables()) for module in modules)
+    pairs = ((first.alpha(t), second.alpha(t)), (first.sigma(t), second.sigma(t)))
+    return all(torch.allclose(a.double(), b.double()) for a, b in pairs)
+
+
+FAR, POINTS = 100.0, 65  # where levels are compared
+
+
+def open_guide(model: Model, options: Run, size: int) -> Model | None:
+    """The weaker model that guides, if there is one. Raises FolderError."""
+    found = guiding(model.bundle, options)
+    if found is None:
+        return None
+    bundle, checkpoint = found
+    objective = bundle.read().objective()
+    with importable(bundle.texts):
+        guide = open_model(bundle, objective, checkpoint, size)
+    if guide.parts.codec.fingerprint() != model.parts.codec.fingerprint():
+        raise FolderError(
+            f"`{options['guide']}` cannot guide this run: it has another codec; give a run of the"
+            " same one"
+        )
+    return guide
+
+
+# ---- files
+
+
 def draw(
     model: Model,
     options: Run,
     size: int,
     texts: Sequence[str],
     path: Path,
-    save: Path | None = None,
+    place: Path | None = None,
 ) -> Path:
     """Writes one sample a text into a file that carries the settings it was made with: a PNG, or
-    an `.npz` where they are no pictures. `save` is for all pictures, uint8."""
-    made = evaluate.sample(
-        model.bundle, model.programs, model.parts, model.weights, options, list(texts), size
-    )
-    settings = _settings(model, options)
+    an `.npz` where they are no pictures. `place` is for all pictures: a file ending in `.npz`
+    (uint8), or a folder of PNGs."""
+    guide = open_guide(model, options, size)
+    made = evaluate.sample(model, options, list(texts), size, guide)
+    settings = _settings(model, options, size, guide)
     if path.suffix == ".npz":
         write_arrays(path, texts, settings, x=made.numpy())
         return path
-    if save is not None:
-        pictures = to_bytes(made).permute(0, 3, 1, 2).numpy()
-        write_arrays(save, texts, settings, pictures=pictures)
+    if place is not None:
+        _write_all(place, made, texts, settings)
         made, texts = made[:SHOWN], texts[:SHOWN]
     columns = min(COLUMNS, max(1, round(len(texts) ** 0.5)))
-    grid_png(path, made, columns, texts, settings)
+    grid_png(path, made, columns, texts, {**settings, "prompts": list(texts)})
     return path
 
 
-def _settings(model: Model, options: Run) -> dict[str, object]:
-    solver = options["solver"]
+def _write_all(place: Path, made: Tensor, texts: Sequence[str], settings: Mapping) -> None:
+    """Writes all pictures [N, 3, H, W] in [-1, 1] into one file, or each into one of its own."""
+    if place.suffix == ".npz":
+        pictures = to_bytes(made).permute(0, 3, 1, 2).numpy()
+        write_arrays(place, texts, settings, pictures=pictures)
+    else:
+        each = [{**settings, "prompt": text, "index": i} for i, text in enumerate(texts)]
+        write_pngs(place, made, each)
+
+
+def _settings(model: Model, options: Run, size: int, guide: Model | None) -> dict[str, object]:
+    """All that a sample depends on beside its prompt and number."""
+    manifest = model.bundle.manifest
+    weaker = {"guide": guide.bundle.manifest["spec"], "guide_step": guide.step} if guide else {}
     return {
-        "spec": model.bundle.manifest["spec"],
+        "spec": manifest["spec"],
+        "graph": manifest["graph"],
         "step": model.step,
         **({"width": model.width} if model.width else {}),
-        "solver": f"{solver.module} {dict(solver.options)}",
-        "guidance": options["guidance"],
+        "size": size,
+        "solver": written(options["solver"]),
+        **{name: options[name] for name in GUIDANCE},
+        **weaker,
         "seed": options["seed"],
+        "versions": {"difftrain": difftrain.__version__, **versions()},
     }
+
+
+GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")
+
+
+def written(value: object) -> str:
+    """The value of an option as it would stand in a spec."""
+    match value:
+        case Part(module=module, options=options):
+            inside = ", ".join(f"{name} = {written(v)}" for name, v in options.items())
+            return f"{module}({inside})"
+        case tuple():
+            return f"[{', '.join(map(written, value))}]"
+    return str(value)
 
 
 def write_arrays(
