@@ -27,9 +27,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,6 +40,14 @@ HERE = Path(__file__).parent
 ONE = HERE / "bench" / "one.py"
 SMALL = ("sd15", "dit")  # the rows of the small table
 Key = tuple[str, str]  # a row as it was asked for, and the label of a contender
+Job = tuple[list[Key], str]  # a task, and the contenders that it measures
+KINDS = {  # of kernels, by what their names say; the first that fits
+    "attention": r"flash|fmha|sdpa|attention|attn",
+    "convolutions": r"conv|fprop|dgrad|wgrad|nhwc|nchw",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|splitK|matmul|_mm_",
+    "fused reductions": r"^triton_(red|per)",
+    "fused element by element": r"^triton_poi",
+}
 HEAD = "row | batch | how | img/s | share | memory GB | first s | kernels | outside | recompiled"
 
 
@@ -96,13 +105,26 @@ class Bench:
             for worker in workers:
                 worker.join()
 
-    def _pieces(self) -> Iterator[list[tuple[str, Contender]]]:
-        """What is measured on one GPU together; what compiles longest comes first."""
-        each = [[(name, c) for c in row.contenders] for name, row in self.rows.items()]
+    def _pieces(self) -> Iterator[list[Job]]:
+        """What is measured on one GPU together; with `--spread` each alone and once, specs first,
+        since they compile longest."""
         if not self.args.spread:
-            return iter(each)
-        single = [[one] for piece in each for one in piece]
-        return iter(sorted(single, key=lambda piece: not piece[0][1].spec))
+            yield from (self._jobs(name) for name in self.rows)
+            return
+        shared: dict[str, list[Key]] = {}
+        for keys, task in chain.from_iterable(map(self._jobs, self.rows)):
+            shared.setdefault(task, []).extend(keys)
+        alone = sorted(shared, key=lambda task: not json.loads(task)["spec"])
+        yield from ([(shared[task], task)] for task in alone)
+
+    def _jobs(self, name: str) -> list[Job]:
+        """A row's contenders, each with its task."""
+        return [([(name, c.label)], self._task(name, c)) for c in self.rows[name].contenders]
+
+    def _task(self, name: str, contender: Contender) -> str:
+        """What the process that measures a contender is told; equal ones are told the same."""
+        told = contender.task(self.rows[name].batch, self.args.tiny)
+        return json.dumps({**told, "steps": self.args.steps}, sort_keys=True)
 
     def _work(self, gpu: str, folder: Path) -> None:
         while True:
@@ -110,23 +132,20 @@ class Bench:
                 piece = self.waiting.get_nowait()
             except queue.Empty:
                 return
-            for name, contender in piece:
-                self._keep((name, contender.label), self._measure(name, contender, gpu, folder))
+            for keys, task in piece:
+                self._keep(keys, self._measure(task, gpu, folder))
 
-    def _measure(self, name: str, contender: Contender, gpu: str, folder: Path) -> dict:
+    def _measure(self, told: str, gpu: str, folder: Path) -> dict:
         """The numbers of one contender, or its error."""
-        left = self.end - time.monotonic()
-        place = folder / re.sub(r"\W+", "-", f"{name} {contender.label}")
+        place = folder / f"{gpu}-{time.monotonic_ns()}"
         task, result, log = (place.with_suffix(end) for end in (".task", ".json", ".log"))
-        told = contender.task(self.rows[name].batch, self.args.tiny)
-        task.write_text(json.dumps({**told, "steps": self.args.steps}))
+        task.write_text(told)
+        command = [sys.executable, str(ONE), str(task), str(result)]
+        left = max(self.end - time.monotonic(), 0.1)
         with log.open("w") as out:
+            said = {"env": self._surroundings(gpu), "stdout": out, "stderr": out}
             try:
-                command = [sys.executable, str(ONE), str(task), str(result)]
-                subprocess.run(
-                    command, env=self._surroundings(gpu), stdout=out, stderr=out,
-                    timeout=max(left, 0.1), check=True,
-                )  # fmt: skip
+                subprocess.run(command, **said, timeout=left, check=True)
             except subprocess.TimeoutExpired:
                 return {"error": "not done when the time was up"}
             except subprocess.CalledProcessError:
@@ -145,10 +164,11 @@ class Bench:
             "TEARDOWN_CUPTI": "0",  # else a profile and a CUDA graph meet badly
         }
 
-    def _keep(self, key: Key, found: dict) -> None:
-        self.results[key] = found
+    def _keep(self, keys: Sequence[Key], found: dict) -> None:
         said = found.get("error") or f"{1000 * found['seconds']:.1f} ms a step"
-        print(f"{key[0]}, {key[1]}: {said}", file=sys.stderr, flush=True)
+        for key in keys:
+            self.results[key] = found
+            print(f"{key[0]}, {key[1]}: {said}", file=sys.stderr, flush=True)
         if self.args.json:
             named = {" | ".join(k): v for k, v in self.results.items()}
             self.args.json.write_text(json.dumps(named, indent=1))
@@ -193,7 +213,7 @@ def line(row: Row, label: str, found: Mapping) -> str:
         f"{found['share']:.1%}",
         held,
         f"{found['first']:.1f}{hit}",
-        str(sum(found["kernels"].values()) or "-"),
+        str(sum(count for count, _ in found["kernels"].values()) or "-"),
         str(found.get("outside") or "-"),
         str(found["recompiled"]),
     ]
@@ -213,6 +233,9 @@ def sentences(row: Row, found: Mapping[str, Mapping]) -> Iterator[str]:
             yield f"a step of {costly} takes {times:.2f} times one of {plain}"
     if row.around and all(label in found for label in row.around):
         yield around(*(found[label] for label in row.around))
+    for label, one in found.items():
+        if one["kernels"]:
+            yield f"{label} spends {kinds(one['kernels'])}"
 
 
 def around(whole: Mapping, bare: Mapping) -> str:
@@ -226,12 +249,23 @@ def around(whole: Mapping, bare: Mapping) -> str:
     return f"the objective takes {share:.1%} of the step and {count} kernels{changed}"
 
 
-def plain_names(kernels: Mapping[str, int]) -> Counter[str]:
-    """Kernels without the running numbers of their names."""
+def plain_names(kernels: Mapping[str, Sequence]) -> Counter[str]:
+    """How often each kernel is launched, without the running numbers of their names."""
     found: Counter[str] = Counter()
-    for name, count in kernels.items():
+    for name, (count, _) in kernels.items():
         found[re.sub(r"_\d+(?=$|_)", "", name)] += count
     return found
+
+
+def kinds(kernels: Mapping[str, Sequence]) -> str:
+    """Which share of the time in kernels each kind takes."""
+    spent: Counter[str] = Counter()
+    for name, (_, microseconds) in kernels.items():
+        kind = next((k for k, pattern in KINDS.items() if re.search(pattern, name)), "others")
+        spent[kind] += microseconds
+    total = sum(spent.values())
+    shares = ", ".join(f"{kind} {part / total:.1%}" for kind, part in spent.most_common())
+    return f"{total / 1000:.1f} ms in kernels: {shares}"
 
 
 if __name__ == "__main__":

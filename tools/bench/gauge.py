@@ -5,15 +5,16 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 SIDE, PRODUCTS = 8192, 20  # of the matrix products that the machine's rate is taken from
 WARM_UP = 8  # steps before any is timed; a graph is recorded in them
 BLOCK = 5  # steps that are timed together
+Kernels = dict[str, tuple[int, float]]  # by name: how often launched, and microseconds in all
 
 
 def wait() -> None:
@@ -46,29 +47,36 @@ def forward_flops(forward: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def kernels(work: Callable[[], object]) -> Counter[str]:
-    """How often each kernel is launched; nothing on a CPU."""
+def kernels(work: Callable[[], object]) -> Kernels:
+    """What a call launches, nothing on a CPU."""
     if not torch.cuda.is_available():
         work()
-        return Counter()
+        return {}
     wait()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         wait()
-    on_device = torch.autograd.DeviceType.CUDA
-    names = (e.name for e in profile.events() if e.device_type == on_device)
-    return Counter(name for name in names if not name.startswith(("Memcpy", "Memset")))
+    found: Kernels = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and event.name[:3] != "Mem":
+            count, spent = found.get(event.name, (0, 0.0))
+            found[event.name] = (count + 1, spent + event.device_time)
+    return found
+
+
+def launches(found: Kernels) -> int:
+    """How many kernels were launched."""
+    return sum(count for count, _ in found.values())
 
 
 def compilations() -> int:
     """Graphs that torch compiled so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return counters["stats"]["unique_graphs"]
 
 
 def cache_hits() -> dict[str, int]:
     """What torch's caches of compiled code said."""
-    found = torch._dynamo.utils.counters
-    each = {**found["inductor"], **found["aot_autograd"]}
+    each = {**counters["inductor"], **counters["aot_autograd"]}
     kinds = ("_cache_hit", "_cache_miss", "_cache_bypass")
     return {name: count for name, count in each.items() if name.endswith(kinds)}
 
@@ -87,6 +95,9 @@ def memory() -> dict[str, float]:
 
 def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
     """What a step takes, how the first one began, and its kernels, which are those of the third."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     step()
     wait()
@@ -108,7 +119,7 @@ def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
         "hits": hits,
         "seconds": statistics.median(seconds),
         "spread": [min(seconds), max(seconds)],
-        "kernels": dict(launched),
+        "kernels": launched,
         "recompiled": compilations() - known,
         "loss": float(loss),
         **memory(),

@@ -39,7 +39,8 @@ class Contender:
     def task(self, batch: int, tiny: bool) -> dict[str, object]:
         """What the process that measures it is told."""
         side, sizes, settings = FAMILIES[self.family]
-        told = {**vars(self), "batch": batch, "side": self.side or side, "sizes": {}}
+        named = {k: v for k, v in vars(self).items() if k != "label"}
+        told = {**named, "batch": batch, "side": self.side or side, "sizes": {}}
         told["settings"] = {**dict(self.settings), "data.batch": str(batch)}
         told["precision"] = "bf16"
         if tiny:
