@@ -247,6 +247,10 @@ DIF312 a solver that finds nothing to read
 DIF313 times that a network cannot tell apart
     An SD-style network embeds an index from 0 to about 1000 in sines and cosines. Times between
     0 and 1 all look alike to it until they are multiplied.
+DIF314 a way of guiding that leads nowhere
+    `guidance_interval`, `guidance_rescale` and `guide` say how guidance is applied, so there has to
+    be some: a scale other than 1, outside the network. An interval has two noise levels, sigma over
+    alpha.
 DIF320 a missing block of options
     Training reads `data` and `train`, sampling reads `sample`.
 DIF321 a module that nothing says

@@ -15,8 +15,8 @@ from difftrain.language.syntax import parse
 from difftrain.language.tree import Block, Define, Import, Param, Source, Span, Tree
 from difftrain.shipped import folder
 
-LIBRARY_KINDS = ("process", "prediction", "strategy", "backbone", "encoder", "codec")
-OPTION_KINDS = ("options", "source", "optimizer", "solver")  # in the library alone
+LIBRARY_KINDS = ("process", "prediction", "strategy", "backbone", "encoder", "codec", "solver")
+OPTION_KINDS = ("options", "source", "optimizer")  # in the library alone
 RUN_KINDS = ("data", "train", "sample", "export")
 KINDS = (*LIBRARY_KINDS, "objective", *RUN_KINDS)
 

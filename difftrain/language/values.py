@@ -35,8 +35,9 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
     domains = formals(definition)
     for name, (expr, where) in bind(use, found).items():
         options[name] = read_option(domains[name][0], expr, where, equations, found, uses)
-    module = definition.name
-    for block in lineage(definition):
+    line = lineage(definition)
+    module = next((d.name for d in reversed(line) if d.shipped), definition.name)
+    for block in line:
         for node in block.node.body:
             if isinstance(node, Define) and node.name == "module":
                 module = node.value.value if isinstance(node.value, Text) else node.value.dotted

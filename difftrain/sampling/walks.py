@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -40,16 +41,29 @@ def walk(part: Part) -> Walk:
     """
     name, options = part.module, own_options(part)
     if name in OURS:
-        return partial(OURS[name], **options)
+        return partial(_taking(OURS[name], name, options), **options)
     place = name if ":" in name else offered(GROUP).get(name)
     if place is None:
         raise PartError(_unknown(name))
-    return partial(_called, imported(place), place, options)
+    return partial(_called, _taking(imported(place), place, options), place, options)
 
 
 def own_options(part: Part) -> dict[str, object]:
     """The options of a solver that do not make its grid."""
     return {name: v for name, v in part.options.items() if name not in grids.OPTIONS}
+
+
+def _taking(function: Callable, name: str, options: Iterable[str]) -> Callable:
+    """The function, if it takes all options. Raises PartError."""
+    known = signature(function).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    lost = [option for option in options if option not in known]
+    if lost and not anything:
+        raise PartError(
+            f"the solver `{name}` has no option `{lost[0]}`: take it out of its block, or add it to"
+            " the function"
+        )
+    return function
 
 
 def _unknown(name: str) -> str:

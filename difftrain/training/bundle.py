@@ -130,7 +130,7 @@ def compile_source(source: Source, settings: Mapping[str, str] | None = None) ->
     texts = {
         SPEC: format_text(written_out(source)),
         **imported(spec.names, Path(source.path).parent),
-        **own.sources(objective, Path(source.path).parent),
+        **own.sources(objective, Path(source.path).parent, spec.names),
         "step.py": step.source,
         "estimates.py": emit(estimates, f"What `{objective.name}` estimates from xt at t."),
         "levels.py": emit(levels, f"The levels of `{objective.name}` at t."),

@@ -15,15 +15,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from difftrain.compiler.texts import PARTS, Texts, write
+from difftrain.language.names import Names
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective
+from difftrain.language.tree import Define, Text
 from difftrain.models.errors import PartError
 
 
-def sources(objective: Objective, home: Path) -> dict[str, str]:
-    """The Python files in the folder `home` that the parts of an objective need, by their places
-    in a bundle: what the parts name, and what these files import in turn."""
-    waiting, files = _named(_parts(objective)), {}
+def sources(objective: Objective, home: Path, names: Names) -> dict[str, str]:
+    """The Python files in the folder `home` that the parts of an objective and the solvers among
+    `names` need, by their places in a bundle: what they name, and what these files import."""
+    waiting, files = _named(_parts(objective)) | set(_solvers(names)), {}
     seen: set[str] = set()
     while waiting := waiting - seen:
         seen |= waiting
@@ -39,6 +41,18 @@ def _parts(objective: Objective) -> Iterator[object]:
         yield objective.vision
         yield objective.backbone and objective.backbone.part
         objective = objective.teacher
+
+
+def _solvers(names: Names) -> Iterator[str]:
+    """The outermost module of every solver that a file or what it imports takes from Python."""
+    if names.shipped:
+        return
+    own = [d.node for (kind, _), d in names.own.items() if kind == "solver"]
+    for node in (s for block in own for s in block.body):
+        if isinstance(node, Define) and node.name == "module" and isinstance(node.value, Text):
+            yield node.value.value.partition(":")[0].partition(".")[0]
+    for space in names.spaces.values():
+        yield from _solvers(space)
 
 
 def _named(values: Iterable[object]) -> set[str]:

@@ -120,7 +120,8 @@ def ending(data: Run) -> str:
 
 
 def fits(bundle: Bundle, solver: Part) -> None:
-    """Refuses a solver that cannot walk the times of the compiled process."""
+    """Refuses a solver that is not there, or cannot walk the times of the compiled process."""
+    evaluate.walking(bundle, solver)
     try:
         grids.check(tuple(bundle.manifest["time"]), solver.options)
     except ValueError as problem:

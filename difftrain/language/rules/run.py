@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from difftrain.language.finding import Finding, Label, SpecError
 from difftrain.language.guidance import own_guidance
 from difftrain.language.meaning import lacking
-from difftrain.language.names import Names, is_shipped
+from difftrain.language.names import Definition, Names, is_shipped
 from difftrain.language.numbers import value
-from difftrain.language.options import decays
+from difftrain.language.options import Run, decays, schema
 from difftrain.language.rules.case import Case, shown
+from difftrain.language.scope import lineage
 from difftrain.language.spec import Spec, top_line
 from difftrain.language.term import Term, is_const, walk
-from difftrain.language.tree import Block, Redefine
+from difftrain.language.tree import Block, Call, Define, ListOf, Name, Redefine
 from difftrain.language.worlds import Problem
 
 STEPS = (1, 2, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -56,12 +59,15 @@ def guidance(case: Case, found: list[Finding]) -> None:
     scale = run.values.get("guidance") if run else None
     dropped = case.term("dropped")
     try:
-        if case.objective.backbone and own_guidance(case.objective):
-            return  # its guidance is inside
+        inside = case.objective.backbone and own_guidance(case.objective)
     except Problem as problem:
         found.append(problem.finding)
         return
-    if scale in (None, 1) or dropped is None or not is_const(dropped) or dropped.value:
+    if run:
+        found += _ways(case, run, scale, inside)
+    if inside or scale in (None, 1) or run["guide"]:
+        return
+    if dropped is None or not is_const(dropped) or dropped.value:
         return
     trained = case.objective.backbone and case.objective.backbone.part.options.get("weights")
     name = case.objective.name
@@ -78,19 +84,56 @@ def guidance(case: Case, found: list[Finding]) -> None:
     )
 
 
+WAYS = {"guidance_interval": (), "guidance_rescale": 0, "guide": ""}  # off
+
+
+def _ways(case: Case, run: Run, scale: float | None, inside: Mapping) -> Iterator[Finding]:
+    """How to guide is said where there is guidance, and an interval has two ends."""
+    ends = run["guidance_interval"]
+    if ends and not _ascending(ends):
+        at = run.written["guidance_interval"]
+        text = f"`{at.text}` is no interval of noise levels"
+        hint = "write `guidance_interval = 0.28..2.9`, the smaller sigma / alpha first"
+        yield Finding("DIF314", text, Label(at), help=hint)
+    for name, off in WAYS.items():
+        if scale is None or run.values.get(name) in (off, None) or not (inside or scale == 1):
+            continue
+        because = "guidance is 1, which is none"
+        if inside:
+            because = f"`{case.objective.name}` is given its guidance inside the network"
+        text, hint = f"`{name}` changes nothing here", "leave it out"
+        hint += "" if inside else ", or set `guidance`"
+        at = Label(run.written.get(name, run.span))
+        yield Finding("DIF314", text, at, because=because, help=hint, severity="warning")
+
+
+def _ascending(ends: object) -> bool:
+    numbers = isinstance(ends, tuple) and all(isinstance(e, (int, float)) for e in ends)
+    return numbers and len(ends) == 2 and 0 <= ends[0] < ends[1]
+
+
 def solver(case: Case, found: list[Finding]) -> None:
     """A solver finds every quantity that it reads."""
     run = case.spec.runs.get("sample")
-    part = run.values.get("solver") if run else None
-    if part is None or case.term("loss") is None:
+    definition = _solver(case.spec) if run else None
+    if definition is None or case.term("loss") is None:
         return
-    definition = case.spec.names.find("solver", (part.module,))
-    reads = next((s.value for s in definition.node.body if s.name == "reads"), None)
-    for item in reads.items if reads else ():
+    said = {s.name: s.value for d in lineage(definition) for s in d.node.body}
+    for item in said["reads"].items if isinstance(said.get("reads"), ListOf) else ():
         problem = lacking(case.objective, item.dotted)
         if problem or case.term(item.dotted) is None:
-            found.append(_no_solver(case, run, part.module, item.dotted, problem))
+            found.append(_no_solver(case, run, definition.name, item.dotted, problem))
             return
+
+
+def _solver(spec: Spec) -> Definition | None:
+    """The solver that samples, by the block of the file or the library's default."""
+    blocks = [n for n in spec.tree.body if isinstance(n, Block) and n.kind == "sample"]
+    named = [
+        s.value for b in blocks for s in b.body if isinstance(s, Define) and s.name == "solver"
+    ]
+    value = named[-1] if named else schema("sample")["solver"][0].default
+    return spec.names.find("solver", value.path) if isinstance(value, (Name, Call)) else None
 
 
 def _no_solver(case: Case, run, name: str, quantity: str, problem: Finding | None) -> Finding:

@@ -1,0 +1,146 @@
+"""Solvers of a user's own: made from ours, a function beside the spec, one of an installed package."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from difftrain.cli import main
+
+# x0_hat, noised again to only a share of the next level: a solver that is not in the library
+WALKER = """
+def go(model, x, grid, draws, share=1.0):
+    for step, (t, s) in enumerate(zip(grid[:-2], grid[1:-1]), 1):
+        x0_hat, eps_hat = model.estimates(x, t.expand(len(x)))
+        alpha, sigma = (level(s.expand(1)) for level in (model.alpha, model.sigma))
+        mixed = share * eps_hat + (1 - share**2) ** 0.5 * draws.noise(step, x)
+        x = (alpha * x0_hat + sigma * mixed).to(x.dtype)
+    return model.estimates(x, grid[-2].expand(len(x)))[0]
+
+
+def broken(model, x, grid, draws):
+    raise KeyError("nothing here")
+
+
+def shapeless(model, x, grid, draws):
+    return x[:1]
+"""
+NETWORK = """
+from torch import nn
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(4, 4)
+
+    def forward(self, x, t, cond):
+        return self.line(x)
+
+
+def network():
+    return Line()
+"""
+SPEC = """diff 1
+backbone line(codec = raw) {{ module = "blocks:network" }}
+{solver}
+objective o {{
+  process         = linear
+  prediction_type = flow
+  backbone        = line
+}}
+data   {{ source = arrays("data.npz"), batch = 4 }}
+train  {{ steps = 2, device = cpu, compile = off }}
+sample {{ solver = {sample}, count = 2 }}
+"""
+BESIDE = 'solver mine(share in 0..1 = 1) from euler { module = "walker:go" }'
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with a spec that trains in a moment, and a solver of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(solver=BESIDE, sample="mine(steps = 3)"):
+        np.savez("data.npz", x=np.random.default_rng(0).normal(size=(8, 1, 4)))
+        Path("blocks.py").write_text(NETWORK)
+        Path("walker.py").write_text(WALKER)
+        Path("own.diff").write_text(SPEC.format(solver=solver, sample=sample))
+        return tmp_path
+
+    return make
+
+
+def drawn(*more: str) -> np.ndarray:
+    """What `sample` draws from the run: [2, 1, 4]."""
+    assert main(["sample", "runs/own", "-o", "out.npz", *more]) == 0
+    with np.load("out.npz") as file:
+        return file["x"]
+
+
+def test_a_solver_that_is_made_from_ours(own):
+    """It is ours with other defaults, whatever it is called."""
+    own("solver mine(steps = 4) from heun { }", "mine(s_churn = 2)")
+    assert main(["train"]) == 0
+    plain = drawn("--set", "sample.solver=heun(steps = 4, s_churn = 2)")
+    np.testing.assert_array_equal(drawn(), plain)
+
+
+def test_a_function_beside_the_spec_travels_with_the_run(own):
+    """All its noise from ddim, share = 1, is ddim; less is another one."""
+    own()
+    assert main(["train"]) == 0
+    Path("walker.py").unlink()
+    np.testing.assert_allclose(drawn(), drawn("--set", "sample.solver=ddim(steps = 3)"), atol=1e-6)
+    less = drawn("--set", "sample.solver.share=0.5")
+    assert np.isfinite(less).all() and abs(less - drawn()).max() > 0.01
+
+
+def test_a_package_offers_a_solver(own, tmp_path, monkeypatch):
+    """Out of tree: an entry point of the group `difftrain.solvers`, and its block in the spec."""
+    own("solver mine(share in 0..1 = 1) from euler { module = wandering }")
+    site = tmp_path / "site"
+    info = site / "wander-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wander\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[difftrain.solvers]\nwandering = wander:go\n")
+    Path("walker.py").rename(site / "wander.py")
+    monkeypatch.syspath_prepend(str(site))
+    assert main(["train"]) == 0
+    np.testing.assert_allclose(drawn(), drawn("--set", "sample.solver=ddim(steps = 3)"), atol=1e-6)
+
+
+WRONG = [
+    (
+        "solver mine from euler { module = wandering }",
+        'there is no solver called `wandering`: say where: `module = "file:function"`',
+    ),
+    (
+        "solver mine from euler { module = heunn }",
+        "there is no solver called `heunn`: did you mean `heun`?",
+    ),
+    (
+        'solver mine from euler { module = "walker:gone" }',
+        "`walker` has no function `gone`: did you mean `go`?",
+    ),
+    (
+        "solver mine(strength = 1) from heun { }",
+        "the solver `heun` has no option `strength`: take it out of its block, or add it to the"
+        " function",
+    ),
+    (
+        'solver mine from euler { module = "walker:broken" }',
+        "`walker:broken` fails (KeyError: 'nothing here'): mend that function",
+    ),
+    (
+        'solver mine from euler { module = "walker:shapeless" }',
+        "`walker:shapeless` gives [1, 1, 4]: return samples of the shape [2, 1, 4]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("solver", "says"), WRONG)
+def test_what_is_wrong_is_one_sentence(own, capsys, solver, says):
+    own(solver)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err.strip().split("\n")[-1] == f"error: {says}"
