@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import declare, near, spec_of, wide
+from conftest import declare, near, spec_of, student, wide
 
 import difftrain
 from difftrain.compiler.draws import Draws
 from difftrain.language.check import check
+from difftrain.language.numbers import draws
 from difftrain.language.tree import Source
 
 # every process, with a prediction that it has
@@ -128,6 +129,78 @@ def test_importance_divides_by_how_much_more_often_a_time_comes():
     x0 = torch.ones(2, 1, 2, 2, dtype=torch.float64)
     values = objective.evaluate(("loss", "fit"), {"x0": x0, "t": t})
     near(values["fit"] / values["loss"], [1.32677658864] * 2)
+
+
+def with_two_times(*strategies: str, more: str = ""):
+    text = body("linear", "flow", f"strategy = [{', '.join(strategies)}]\n{more}")
+    return difftrain.objective(spec_of(text, backbone="custom(times = [t, r])"), student)
+
+
+MOVED = "importance(logit_normal(0, 1))"
+
+
+def test_importance_weighs_every_time_that_a_step_draws():
+    """Two times from the other law: the loss by both of their odds."""
+    names = ("t", "mean_flow.one", "mean_flow.two", "loss", "fit")
+    values = drawn(with_two_times(MOVED, "mean_flow"), *names)
+    one, two = values["mean_flow.one"], values["mean_flow.two"]
+    assert (values["t"] == torch.maximum(one, two)).all()
+    law = torch.distributions.Normal(0, 1)
+    likely = [law.log_prob(t.logit()).exp() / (t * (1 - t)) for t in (one, two)]
+    near(values["loss"] * likely[0] * likely[1] / values["fit"], [1.0] * 64)
+
+
+@pytest.mark.parametrize("law", [(), (MOVED,)])
+def test_importance_of_two_times_keeps_the_objective(law):
+    """The mean of both times, which are uniform in the objective: 1 / 2 each."""
+    objective = with_two_times(*law, "mean_flow(1)", more="loss = t + r + 0.000001 * fit")
+    assert abs(drawn(objective, "loss", count=40_000)["loss"].mean() - 1) < 0.02
+
+
+def test_a_time_that_is_given_is_weighed_as_one():
+    given = {"x0": torch.ones(2, 1, 2, 2, dtype=torch.float64)}
+    given["t"] = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    values = with_two_times(MOVED, "mean_flow").evaluate(("loss", "fit"), given)
+    near(values["fit"] / values["loss"], [1.32677658864] * 2)
+
+
+def test_a_law_that_nothing_of_t_comes_from_weighs_nothing():
+    top = "strategy fresh { own ~ uniform(0, 1), t' = own }"
+    spec = spec_of(body("linear", "flow", f"strategy = [{MOVED}, fresh]"), head=top)
+    values = drawn(difftrain.objective(spec, student), "loss", "fit")
+    assert (values["loss"] == values["fit"]).all()
+
+
+@pytest.mark.parametrize(
+    ("law", "lost"),
+    [
+        ("uniform(0.2, 1)", "0..0.2"),
+        ("uniform(0, 0.5)", "0.5..1"),
+        ("uniform(0.2, 0.8)", "0..0.2 and 0.8..1"),
+        ("shift(uniform(0, 0.5), 3)", "0.75..1"),
+    ],
+)
+def test_a_narrower_law_says_which_times_are_lost(law, lost):
+    (finding,) = findings(body("linear", "flow", f"strategy = importance({law})"))
+    assert finding.code == "DIF219" and f"times in {lost} are never drawn" in finding.because
+
+
+def test_a_wider_law_is_fine():
+    text = "t ~ uniform(0.3, 0.6)\nstrategy = importance(logit_normal(0, 1))"
+    assert findings(body("linear", "flow", text)) == []
+
+
+def test_a_law_of_two_draws_is_listed_first():
+    with pytest.raises(difftrain.SpecError) as failed:
+        with_two_times("mean_flow", MOVED)
+    (finding,) = failed.value.findings
+    assert finding.help == "list `importance` before `mean_flow`, which makes `t` of several draws"
+
+
+def test_a_law_of_an_earlier_estimate_says_nothing_of_t():
+    spec = spec_of(body("linear", "flow", "guess ~ noise(x0)"), backbone="custom(inputs = [guess])")
+    assert draws(spec.objective().quantity("guess"))[0]["name"] == "guess"
+    assert spec.objective().quantity("t")["law"] == "uniform"
 
 
 def test_an_index_has_a_density_too():

@@ -270,6 +270,22 @@ WRONG = {
         {"lines": STRAIGHT + "strategy = repa" + SEEN},
         "the objective reads `tap`, and the network returns its output alone",
     ),
+    "deep tap": (
+        {"lines": STRAIGHT + "strategy = repa" + SEEN, "net": "tap = 3"},
+        "there is no block 3 whose features could be `tap`",
+    ),
+    "not shown": (
+        {"lines": STRAIGHT + "strategy = self_condition"},
+        "`self_condition` changes nothing here",
+    ),
+    "times left out": (
+        {"lines": STRAIGHT + "strategy = importance(uniform(0.2, 1))"},
+        "this law leaves out times that the objective is about",
+    ),
+    "a curriculum backwards": (
+        {"lines": EDM + "strategy = ict(total = 2, start = 20, end = 10)", "solver": "multistep"},
+        "`ict` needs `start <= end`",
+    ),
     "a second tap": (
         {"lines": EDM + "strategy = repa" + SEEN, "backbone": UNET.format(", tap = 2")},
         "`tap` cannot be `2`",
@@ -318,10 +334,6 @@ LATE = {
     "no vision": (
         {"lines": STRAIGHT + "strategy = repa", "net": "tap = 1"},
         "the objective reads `vision`, an encoder of pictures, and this file has none",
-    ),
-    "deep tap": (
-        {"lines": STRAIGHT + "strategy = repa" + SEEN, "net": "tap = 3"},
-        "there is no block 3 to tap: the blocks are 1 to 1",
     ),
     "another size": (
         {

@@ -8,6 +8,7 @@ from torch import nn
 
 import difftrain
 from difftrain.language.check import check
+from difftrain.language.numbers import draws
 from difftrain.language.tree import Source
 
 F64 = torch.float64
@@ -104,6 +105,17 @@ def test_a_teacher_without_a_declaration_has_the_student_s_equations(x0, eps):
     ours = objective(text, lambda x, t, cond, guess: x, teacher=lambda x, t, cond: 0.25 * x)
     values = ours.evaluate(("target", "xt"), {"x0": x0, "eps": eps, "t": T})
     near(values["target"], (0.25 * values["xt"]).flatten().tolist())
+
+
+def test_a_teacher_draws_from_streams_of_its_own():
+    shown = f"{PLAIN}\nstrategy = self_condition"
+    text = body(shown, "custom(inputs = [guess])").replace("objective o", "objective base")
+    more = "\nteacher = base\ntarget' = stop(pred(net = teacher))"
+    text += body(shown + more, "custom(inputs = [guess])")
+    spec, found = check(Source("test.diff", f"diff 1\n{text}"))
+    assert not found
+    names = {t["name"] for t in draws(spec.objective("o").quantity("loss"))}
+    assert {"self_condition.on", "teacher.self_condition.on"} <= names
 
 
 def test_a_teacher_on_a_table_has_no_time_between():

@@ -219,10 +219,20 @@ DIF216 an estimate without a meaning
     is read from a mean can be read from it. The score of noise that is not standard normal is
     not -eps_hat / sigma.
 DIF217 features that the network does not return
-    `tap` is what a network returns beside its output, and it has to be asked to.
+    `tap` is what a network returns beside its output, and it has to be asked to, for a block that
+    it has.
 DIF218 attention without a forward-mode derivative
     `ddt` differentiates the network along the path. Fused attention kernels have no such
     derivative, plain ones do.
+DIF219 a law that leaves times out
+    A law that stands in for the usual one, with the loss divided by how much more often a time
+    comes, keeps the objective only where it gives every time that the usual one gives.
+DIF220 a number that does not exist
+    Roots and logarithms of negative numbers, fractional powers of them and 0 / 0 have no value. A
+    quantity is computed at a few times, with data and outputs of either sign.
+DIF221 an entry that a table does not have
+    An index reads the table of a discrete process or one of a spec. Both sides of an `if` are
+    computed, so it stays inside on both.
 DIF301 an argument that changes nothing
     Whatever a spec says is read by training or sampling; what is not read is a mistake that
     says nothing.

@@ -56,6 +56,7 @@ class Derivation:
     net: str = "student"  # the net that these equations are about
     home: World = HERE  # the world that `read` starts from
     averages: dict[str, Term] = field(default_factory=dict)  # name -> decay, as met
+    copied: dict[int | str, str] = field(default_factory=dict)  # stream -> what it is `again` of
     memo: dict = field(default_factory=dict)
     active: list = field(default_factory=list)
     read_equations: set = field(default_factory=set)
@@ -146,7 +147,30 @@ class Derivation:
             law = self.number(equation.value, Frame(equation.scope, {}, world))
         finally:
             self.drawing = outside
-        return _name_streams(law, equation.name)
+        prefix = "" if self.net == "student" else f"{self.net}."
+        return self._named(law, prefix + equation.name)
+
+    def _named(self, law: Term, name: str) -> Term:
+        """The law with its nameless base draws named after the draw: `t`, `t.1`, `t.2`, ..."""
+        nameless = [t for t in walk(law) if t.op == "draw" and not t["name"]]
+        names = {t: f"{name}.{i}" if i else name for i, t in enumerate(nameless)}
+        for term, new in names.items():
+            if origin := self.copied.get(term["stream"]):
+                self.copied[new] = origin
+
+        def change(term: Term, args):
+            if term in names:
+                return leaf(
+                    "draw", term.kind, *args, span=term.span, law=term["law"], name=names[term]
+                )
+
+        return rebuild(law, change)
+
+    def is_copy(self, stream: str, of: str) -> bool:
+        """Whether a named stream is another one, or was made by `again` of it."""
+        while stream != of and stream in self.copied:
+            stream = self.copied[stream]
+        return stream == of
 
     def stream(self, kind: str, law: str, args, expr: Expr) -> Term:
         """A base draw of its own, not named yet."""
@@ -258,7 +282,7 @@ class Derivation:
             target = self._replaced(expr, frame)
         elif name in SPECIAL:
             return SPECIAL[name](self, expr, frame)
-        elif name in OPERATIONS:
+        elif name in OPERATIONS and not self._of_tables(expr, frame):
             return self.make(name, expr, *self.positional(expr, frame, OPERATIONS[name].arity))
         elif name in LAWS:
             return self._law(expr, frame)
@@ -273,6 +297,13 @@ class Derivation:
             if isinstance(target, Function)
             else target
         )
+
+    def _of_tables(self, expr: Call, frame: Frame) -> bool:
+        """Whether a call is of a function that shares the name of an operation on data."""
+        if frame.scope.home.find("function", expr.path) is None:
+            return False
+        given = [self.value(a.value, frame) for a in expr.args]
+        return any(isinstance(g, Term) and g.kind == "table" for g in given)
 
     def _replaced(self, expr: Call, frame: Frame):
         """`q(n = value)`: q derived again with names replaced; a parameter that is a function is
@@ -383,20 +414,3 @@ def _formals(definition: Definition) -> dict[str, Formal]:
 
 def _open(definition: Definition) -> tuple[str, ...]:
     return tuple(f.name for f in definition.node.formals if f.default is None)
-
-
-def _name_streams(law: Term, name: str) -> Term:
-    """The law with its nameless base draws named after the draw: `t`, `t.1`, `t.2`, ..."""
-    count = 0
-    names: dict[Term, str] = {}
-    for term in walk(law):
-        if term.op == "draw" and not term["name"]:
-            names[term] = name if count == 0 else f"{name}.{count}"
-            count += 1
-
-    def change(term: Term, args):
-        if term not in names:
-            return None
-        return leaf("draw", term.kind, *args, span=term.span, law=term["law"], name=names[term])
-
-    return rebuild(law, change)

@@ -6,18 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from difftrain.language import mistakes
 from difftrain.language.calculus import NoDerivative, derivative
+from difftrain.language.chances import density, odds, runs_one_way, seen
 from difftrain.language.finding import Finding, Label
 from difftrain.language.inverse import solved
-from difftrain.language.numbers import Support, between, draws, support
+from difftrain.language.numbers import support
 from difftrain.language.numbers import value as number_of
 from difftrain.language.part import Interface
 from difftrain.language.scope import Equations
-from difftrain.language.term import Term, const, leaf, make, rebuild, walk
+from difftrain.language.term import Term, const, leaf, rebuild
 from difftrain.language.tree import Call
 from difftrain.language.worlds import ALL, Frame, Problem, World
 
@@ -42,7 +42,9 @@ def _again(self: Derivation, expr: Call, frame: Frame) -> Term:
 
     def fresh(term: Term, args):
         if term.op == "draw":
-            return self.stream(term.kind, term["law"], args, expr)
+            copy = self.stream(term.kind, term["law"], args, expr)
+            self.copied[copy["stream"]] = term["name"]
+            return copy
 
     return rebuild(law, fresh)
 
@@ -192,70 +194,7 @@ def _end(body: Term, moving: Term, t: float) -> float:
 
 
 def _monotone(body: Term, moving: Term, low: float, high: float) -> bool:
-    return _runs_one_way(_seen(body, moving, low, high))
-
-
-def _seen(body: Term, moving: Term, low: float, high: float) -> list[float]:
-    """The values of a quantity at some points between two ends."""
-    return [number_of(body, {moving: between(low, high, i / 16)}) for i in range(1, 16)]
-
-
-def _runs_one_way(seen: list[float]) -> bool:
-    return all(a < b for a, b in pairwise(seen)) or all(a > b for a, b in pairwise(seen))
-
-
-def _density(self: Derivation, expr: Call, frame: Frame) -> Term:
-    """`density(q, v)`: how likely the law of the draw q makes the value v."""
-    law, wanted = expr.args
-    world = replace(frame.world, plain=frozenset({ALL}))  # a given value has no law
-    drawn = self.number(law.value, Frame(frame.scope, frame.env, world))
-    at = self.number(wanted.value, frame)
-    leaves = draws(drawn)
-    if len(leaves) != 1 or leaves[0]["law"] not in ("uniform", "normal", "integer"):
-        raise Problem(mistakes.no_density(law))
-    (draw,) = leaves
-    if draw["law"] == "integer":
-        return 1 / draw.args[0]
-    base = leaf("variable", "sample", name="base")
-    body = rebuild(drawn, lambda term, args: base if term is draw else None)
-    uniform = draw["law"] == "uniform"
-    low, high = (number_of(a, {}) for a in draw.args) if uniform else (-math.inf, math.inf)
-    if _turns(body, base, low, high):
-        raise Problem(mistakes.no_density(law))
-    found = solved(body, base, at, low, high)
-    try:
-        rise = derivative(body, base)
-    except NoDerivative:
-        raise Problem(mistakes.no_density(law)) from None
-    slope = rebuild(rise, lambda term, args: found if term is base else None)
-    share = _base_density(draw, found) / make("abs", slope)
-    moves = any(term.op == "input" for term in walk(drawn))  # so its ends are no constants
-    return share if moves else _within(share, at, support(drawn))
-
-
-def _base_density(draw: Term, at: Term) -> Term:
-    """How likely a uniform or normal draw is a value."""
-    first, second = draw.args
-    if draw["law"] == "uniform":
-        return 1 / (second - first)
-    bell = make("exp", -(((at - first) / second) ** 2) / 2)
-    return bell / (second * math.sqrt(2 * math.pi))
-
-
-def _within(share: Term, at: Term, ends: Support) -> Term:
-    """A density, which is 0 outside the ends of its law, where values could lie there."""
-    asked = support(at)
-    if not ends or (asked and ends.low <= asked.low and asked.high <= ends.high):
-        return share
-    for test, end in (("ge", ends.low), ("le", ends.high)):
-        share = make("where", make(test, at, const(end)), share, const(0))
-    return share
-
-
-def _turns(body: Term, moving: Term, low: float, high: float) -> bool:
-    """Whether a map of one draw is known to give some value twice."""
-    seen = _seen(body, moving, low, high)
-    return not any(math.isnan(v) for v in seen) and not _runs_one_way(seen)
+    return runs_one_way(seen(body, moving, low, high))
 
 
 def _gaussian(self: Derivation, expr: Call, frame: Frame) -> Term:
@@ -278,11 +217,12 @@ SPECIAL: dict[str, Callable] = {
     "again": _again,
     "average": _average,
     "ddt": _ddt,
-    "density": _density,
+    "density": density,
     "dot": _dot,
     "features": _features,
     "gaussian": _gaussian,
     "inverse": _inverse,
     "network": _network,
+    "odds": odds,
     **dict.fromkeys(HEADS, _head),
 }

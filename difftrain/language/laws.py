@@ -10,6 +10,7 @@ from difftrain.language.scope import Equations, parts
 from difftrain.language.tree import Argument, Call, Define, Draw, Name, Statement
 
 TIME, INVERSE = "t", "inverse"
+SHAPES = ("zeros", "numel", "noise")  # what reads the shape of its argument alone
 
 
 def on_time(body: list[Statement], equations: Equations, found: list[Finding]) -> list[Statement]:
@@ -37,9 +38,10 @@ def _read(name: str, equations: Equations, seen: set[str]) -> set[str]:
     (first, *_) = equations.versions.get(name, (None,))
     seen.add(name)
     if first is not None and first.form == "=":
-        inner = [".".join(e.path) for e in parts(first.value) if isinstance(e, (Name, Call))]
-        for read in {first.scope.locals.get(n, n) for n in inner} - seen:
-            _read(read, equations, seen)
+        read = parts(first.value, SHAPES)
+        inner = [".".join(e.path) for e in read if isinstance(e, (Name, Call))]
+        for other in {first.scope.locals.get(n, n) for n in inner} - seen:
+            _read(other, equations, seen)
     return seen
 
 

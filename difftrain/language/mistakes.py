@@ -152,10 +152,30 @@ def head(expr: Call, takes: str, given: str) -> Finding:
     return Finding("DIF121", text, Label(expr.span), help=hint)
 
 
-def no_density(law: Argument) -> Finding:
+def no_density(law: Argument, equations: Equations, block: str) -> Finding:
+    """A density is asked of a law that has none; `block` is where it is asked."""
     text = f"`{law.span.text}` has no density that could be written down"
     because = "a density is that of a monotone map of one uniform or normal draw"
-    return Finding("DIF215", text, Label(law.span), because=because)
+    others = [e.scope.label for e in equations.versions.get("t", ()) if e.form == "'"]
+    made = next((label for label in others if label not in ("", block)), None)
+    hint = "choose a law of one draw, such as `uniform(0, 1)`"
+    if made and block in others[others.index(made) :]:
+        hint = f"list `{block}` before `{made}`, which makes `t` of several draws"
+    return Finding("DIF215", text, Label(law.span), because=because, help=hint)
+
+
+def never_drawn(lost, usual, law: Argument, other: Argument) -> Finding:
+    """A law that stands in for another leaves out values; `lost` holds the ends of each gap."""
+    gaps = " and ".join(f"{number(low)}..{number(high)}" for low, high in lost)
+    low, high = (number(v) for v in usual)
+    return Finding(
+        "DIF219",
+        "this law leaves out times that the objective is about",
+        Label(other.span),
+        (Label(law.span),),
+        because=f"times in {gaps} are never drawn, and no weight brings them back",
+        help=f"choose a law that gives all of {low}..{high}",
+    )
 
 
 def not_monotone(quantity: Argument, expr: Call) -> Finding:

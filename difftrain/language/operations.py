@@ -75,6 +75,14 @@ def _same(kind: str, *_: str) -> str:
     return kind
 
 
+def _alike(*kinds: str) -> str:
+    for kind in kinds:
+        if kind not in ("field", "tokens"):
+            text = f"this compares values shaped like the data, and is given {NAMES[kind]}"
+            raise KindError(text, "compare two of them, as in `cosine(pred, target)`")
+    return _join(*kinds)
+
+
 def _table(*_: str) -> str:
     return "table"
 
@@ -172,7 +180,7 @@ OPERATIONS: dict[str, Operation] = {
     "sum": Operation(1, _reduce, doc="the sum over all but the batch"),
     "norm": Operation(1, _reduce, doc="the root of the sum of squares over all but the batch"),
     "rms": Operation(1, _reduce, doc="the root of the mean of squares over all but the batch"),
-    "cosine": Operation(2, _same, doc="the cosine similarity over channels"),
+    "cosine": Operation(2, _alike, doc="the cosine similarity over channels"),
     "numel": Operation(1, _scalar, doc="how many numbers one sample has"),
     "pool": Operation(1, _same, doc="the mean over space, [B, C, 1, 1]"),
     "zeros": Operation(1, _same, lambda x: 0, "zeros of this shape"),

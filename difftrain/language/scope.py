@@ -118,15 +118,17 @@ def own_name(value: Expr, name: str) -> bool:
     )
 
 
-def parts(value):
-    """An expression and all expressions inside it."""
+def parts(value, closed=()):
+    """An expression and all expressions inside it, but for those in calls of what is `closed`."""
     yield value
+    if isinstance(value, Call) and value.dotted in closed:
+        return
     for child in vars(value).values():
         for item in child if isinstance(child, tuple) else (child,):
             if isinstance(item, Argument):
-                yield from parts(item.value)
+                yield from parts(item.value, closed)
             elif isinstance(item, Expr):
-                yield from parts(item)
+                yield from parts(item, closed)
 
 
 def lineage(definition: Definition) -> list[Definition]:

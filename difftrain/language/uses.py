@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from difftrain.language.finding import Finding, Label
-from difftrain.language.names import Names
+from difftrain.language.names import Definition, Names
 from difftrain.language.nearest import nearest
 from difftrain.language.scope import Scope, Use, formals
-from difftrain.language.tree import Argument, Call, Expr, Name, Span
+from difftrain.language.tree import Argument, Call, Expr, Formal, Name, Span
 
 PART_KINDS = ("backbone", "encoder", "codec", "source", "optimizer", "solver")
 
@@ -71,7 +71,7 @@ def bind(use: Use, found: list[Finding]) -> dict[str, tuple[Expr, Scope]]:
         if name not in bound and formal.default is not None:
             bound[name] = (formal.default, Scope(use.label, definition.home))
         elif name not in bound:
-            found.append(_missing(use, name))
+            found.append(_missing(use, name, wanted))
     return bound
 
 
@@ -91,7 +91,14 @@ def _no_parameter(use: Use, argument: Argument, names: list[str]) -> Finding:
     return Finding("DIF111", f"`{title}` has no argument `{written}`", Label(span), help=hint)
 
 
-def _missing(use: Use, name: str) -> Finding:
-    title = use.definition.name
+def _missing(use: Use, name: str, wanted: dict[str, tuple[Formal, Definition]]) -> Finding:
+    title, because, value = use.definition.name, "", "…"
+    args = use.call.args if isinstance(use.call, Call) else ()
+    if args and args[0].name is None:  # which went to the first parameter
+        first, (_, owner) = next(iter(wanted.items()))
+        whose = "" if owner is use.definition else f", of `{owner.name}`, which it is made from"
+        value = args[0].value.span.text if whose else value
+        because = f"by position the first argument is `{first}`{whose}"
+    hint = f"write `{title}({name} = {value})`"
     text = f"`{title}` needs a value for `{name}`"
-    return Finding("DIF113", text, Label(use.call.span), help=f"write `{title}({name} = …)`")
+    return Finding("DIF113", text, Label(use.call.span), because=because, help=hint)

@@ -13,20 +13,29 @@ from difftrain.language.rules import (
     run,
     shape,
     singular,
+    undefined,
     weights,
 )
 
-FILE_RULES = (shape.statements, shape.bases, shape.ranges, shape.parameters, run.averaging)
+FILE_RULES = (
+    shape.statements,
+    shape.bases,
+    shape.ranges,
+    shape.parameters,
+    shape.names,
+    run.averaging,
+)
 RULES = (
     derived.domains,
     derived.given_times,
     derived.meaning,
-    path.laws,
     path.needs,
+    path.laws,
     path.identity,
     singular.singular,
     path.time_law,
     path.grid,
+    undefined.entries,
     loss.per_sample,
     loss.gradient,
     loss.weights_are_read,
@@ -37,6 +46,7 @@ RULES = (
     run.guidance,
     run.solver,
     run.time_scale,
+    undefined.numbers,
     inert.strategies,
     inert.arguments,
     inert.equations,

@@ -11,6 +11,8 @@ from difftrain.language.scope import Equation, Use, formals, own_name
 from difftrain.language.spec import Spec
 from difftrain.language.tree import Block, Import
 
+SHOWN = ("guess",)  # quantities that nothing reads but a network that is given them
+OUT = "take it out of `strategy`"
 NOTHING = "neither training nor sampling depends on it"
 
 
@@ -28,8 +30,18 @@ def strategies(case: Case, found: list[Finding]) -> None:
         names = ", ".join(f"`{n}`" for n in dict.fromkeys(e.name for e in primes))
         because = f"it redefines {names}, and {NOTHING}" if names else "it redefines nothing"
         text = f"`{use.definition.name}` changes nothing here"
-        at = Label(use.call.span)
-        found.append(Finding("DIF303", text, at, because=because, help="take it out of `strategy`"))
+        at, hint = Label(use.call.span), _shown(case, primes) or OUT
+        found.append(Finding("DIF303", text, at, because=because, help=hint))
+
+
+def _shown(case: Case, primes: list[Equation]) -> str:
+    """The edit that lets the network read what a strategy redefines, where only that is missing."""
+    backbone = case.objective.backbone
+    names = [e.name for e in primes if e.name in SHOWN]
+    if backbone is None or not names or "inputs" not in backbone.part.options:
+        return ""
+    given = ", ".join(dict.fromkeys([*backbone.interface.inputs, *names]))
+    return f"write `{backbone.uses[0].definition.name}(inputs = [{given}])`, or {OUT}"
 
 
 def _primes(case: Case, use: Use) -> list[Equation]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difftrain.language.finding import Finding, Fix, Label
 from difftrain.language.rules.case import Case
-from difftrain.language.scope import Equation, parts
+from difftrain.language.scope import Equation, own_name, parts
 from difftrain.language.term import Term
 from difftrain.language.tree import Binary, Name, Number
 
@@ -135,10 +135,21 @@ def thrown_away(case: Case, found: list[Finding]) -> None:
                 Label(case.place(earlier)),
                 (by,),
                 because=f"`{_flat(later)}` starts again without the `{name}` before it",
-                help=f"leave one of the two out, or let the later one read `{name}`",
+                help=_last(case, earlier)
+                or f"leave one of the two out, or let the later one read `{name}`",
                 severity="warning",
             )
         )
+
+
+def _last(case: Case, earlier: Equation) -> str:
+    """The line that does to the newest `fit` what an earlier redefinition meant to do."""
+    if earlier.name != "fit" or earlier.scope.label or not own_name(earlier.value, "fit"):
+        return ""
+    value = " ".join(earlier.value.span.text.split())
+    if case.objective.equations.versions["loss"][0].scope.home.shipped:
+        return f"write `loss = {value}`, which reads the newest `fit`"
+    return f"write `{value}` for `fit` in `loss`, which reads the newest"
 
 
 def discarded(case: Case) -> list[tuple[Equation, Equation]]:

@@ -8,16 +8,22 @@ from difftrain.language.term import walk
 
 
 def features(case: Case, found: list[Finding]) -> None:
-    """A network whose features are read returns some."""
+    """A network whose features are read returns some, of a block that it has."""
     backbone, loss = case.objective.backbone, case.term("loss")
     if backbone is None or loss is None or not _does(loss, "tap"):
         return
-    if backbone.part.options.get("tap", 1) != 0:
+    name, options = backbone.uses[0].definition.name, backbone.part.options
+    tap, depth = options.get("tap", 1), options.get("depth")
+    if tap == 0:
+        text = "the objective reads `tap`, and the network returns its output alone"
+        because = "`tap = 0` asks for no features beside the output"
+        hint = f"write `{name}(tap = 1)`, or the block whose features you want"
+    elif depth and tap and tap > depth and not options.get("weights"):
+        text = f"there is no block {tap} whose features could be `tap`"
+        because = f"`{name}` has {depth} block{'s' * (depth != 1)}"
+        hint = f"write `tap = {max(1, depth // 3)}`, or another block up to {depth}"
+    else:
         return
-    name = backbone.uses[0].definition.name
-    text = "the objective reads `tap`, and the network returns its output alone"
-    because = "`tap = 0` asks for no features beside the output"
-    hint = f"write `{name}(tap = 1)`, or the block whose features you want"
     at = Label(backbone.uses[0].call.span)
     found.append(Finding("DIF217", text, at, because=because, help=hint))
 

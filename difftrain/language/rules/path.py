@@ -9,7 +9,7 @@ from difftrain.language.finding import Finding, Label
 from difftrain.language.numbers import Support, draws, points, support, values
 from difftrain.language.operations import LAWS
 from difftrain.language.rules.case import ALONG, Case, shown
-from difftrain.language.scope import Equation
+from difftrain.language.scope import Equation, Need, formals, parts
 from difftrain.language.term import Term, const, leaf, rebuild, show
 from difftrain.language.tree import Binary, Call, Define, Name
 
@@ -80,9 +80,21 @@ def needs(case: Case, found: list[Finding]) -> None:
     for need, number, t in reversed(first.values()):
         text = f"`{need.use.definition.name}` needs `{need.condition.span.text}`"
         because = f"at t = {shown(t)} it is {number}" if number else ""
-        at = Label(case.called(need.use))
         hint = need.help or f"use something else than `{need.use.definition.name}` here"
+        if settings := _settings(case, need):
+            because = " and ".join(f"`{name}` is {value}" for name, value in settings.items())
+            hint = "choose another " + " or ".join(f"`{name}`" for name in settings)
+        at = Label(case.called(need.use))
         found.append(Finding("DIF205", text, at, because=because, help=hint))
+
+
+def _settings(case: Case, need: Need) -> dict[str, str]:
+    """The arguments of a block that a condition is about, where it is about nothing else."""
+    names = [e.dotted for e in parts(need.condition) if isinstance(e, Name)]
+    arguments = formals(need.use.definition)
+    terms = {n: case.term(f"{need.use.label}.{n}") for n in names if n in arguments}
+    known = len(terms) == len(names) and all(t and t.op == "const" for t in terms.values())
+    return {n: show(t) for n, t in terms.items()} if known else {}
 
 
 def broken(case: Case):
@@ -114,6 +126,8 @@ def _miss(case: Case, left: Term, right: Term) -> tuple[str, float] | None:
 
 
 def _where(case: Case, truth: Term) -> list[float]:
+    if truth.op == "const":
+        return [] if truth.value else [0.0]
     values = case.along(truth)
     return [t for t, (v,) in zip(case.times.values, values, strict=True) if v == 0]
 
@@ -141,6 +155,8 @@ def laws(case: Case, found: list[Finding]) -> None:
         sound, because = SOUND.get(draw["law"], (None, ""))
         args = values(list(draw.args), points(*draw.args)[:1])[0] if sound else []
         if equation is None or not sound or any(a != a for a in args) or sound(*args):
+            continue
+        if any(f.at.span == case.place(equation) for f in found):
             continue
         law = f"{draw['law']}({', '.join(show(a) for a in draw.args)})"
         text = f"nothing can be drawn from `{law}`"

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 from difftrain.language.derive import Derivation
 from difftrain.language.finding import Finding, Label
+from difftrain.language.forms import SPECIAL
 from difftrain.language.names import LIBRARY_KINDS, Definition
 from difftrain.language.nearest import nearest
+from difftrain.language.operations import CONSTANTS, LAWS, OPERATIONS
 from difftrain.language.scope import Equations, Scope, base_of
 from difftrain.language.spec import Spec
 from difftrain.language.tree import (
@@ -44,6 +46,21 @@ def statements(spec: Spec, found: list[Finding]) -> None:
                 seen[node.name] = node
         if block.kind == "objective" and (block.formals or block.base):
             found.append(_plain_objective(block))
+
+
+def names(spec: Spec, found: list[Finding]) -> None:
+    """No function has the name of something that the language has, and no parameter one that
+    equations read instead of it."""
+    quantities = {n for o in spec.objectives.values() for n in o.equations.versions}
+    taken = {"function": {*OPERATIONS, *LAWS, *SPECIAL, *CONSTANTS}}
+    taken["param"] = {*CONSTANTS, *quantities}
+    for (kind, name), definition in spec.names.own.items():
+        if name not in taken.get(kind, ()) or spec.names.shipped:
+            continue
+        text = f"`{name}` means something else where equations read it"
+        because = "it is a quantity" if name in quantities else "the language has it already"
+        at, hint = Label(definition.node.head), f"choose another name, such as `my_{name}`"
+        found.append(Finding("DIF101", text, at, because=because, help=hint))
 
 
 def _blocks(spec: Spec) -> Iterator[Block]:
