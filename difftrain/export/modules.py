@@ -34,6 +34,17 @@ class Piece:
     batch: Mapping[str, int]
     outputs: tuple[str, ...]
 
+    def example(self, count: int) -> dict[str, Tensor]:
+        """An example of every input for a batch of `count`: rows of the given ones in turn."""
+        return {n: self._repeated(n, v, count) for n, v in self.inputs.items()}
+
+    def _repeated(self, name: str, value: Tensor, count: int) -> Tensor:
+        if name not in self.batch:
+            return value
+        axis = self.batch[name]
+        rows = torch.arange(count, device=value.device) % value.shape[axis]
+        return value.index_select(axis, rows)
+
 
 class Text(nn.Module):
     """The condition [B, T, width] of token ids [B, T]."""
@@ -211,9 +222,11 @@ class Decode(nn.Module):
 
 
 @torch.no_grad()
-def pieces(run: Opened, precision: str, device: torch.device | str = "cpu") -> dict[str, Piece]:
+def pieces(
+    run: Opened, precision: str, device: torch.device | str = "cpu", unrolled: int = UNROLLED
+) -> dict[str, Piece]:
     """What a run is made of by name: `text` where a text is encoded, `backbone`, then `sampler` or
-    for more than UNROLLED evaluations `step`, and `decode`. Raises ExportError."""
+    for more than `unrolled` evaluations `step`, and `decode`. Raises ExportError."""
     refuse(run)
     dtype, modules = PRECISIONS[precision], run.parts.modules
     own = {n: _copied(m, device) for n, m in modules.items() if n in ("student", "text")}
@@ -222,7 +235,7 @@ def pieces(run: Opened, precision: str, device: torch.device | str = "cpu") -> d
     given = _given(run, own.get("text"), device)
     made = {"text": _text(run, own["text"], device)} if encodes(run) else {}
     made["backbone"] = _backbone(run, backbone, given, device)
-    if len(run.table.rows) <= UNROLLED:
+    if len(run.table.rows) <= unrolled:
         made["sampler"] = _unrolled(run, backbone, given)
     else:
         made["step"] = _step(run, backbone, given)

@@ -1,0 +1,209 @@
+"""The gate of every export: the run and what was exported, side by side on the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from difftrain.export.errors import Parted
+from difftrain.export.modules import Decode, Piece
+from difftrain.export.opened import Opened, probe
+from difftrain.export.table import Row, Table, replay
+from difftrain.sampling.model import Sampler
+from difftrain.sampling.solvers import Pair, start
+
+# Relative errors in norm that are allowed; bf16 has three bits fewer than fp16.
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+SAMPLES = 2
+Call = Callable[[str, Mapping[str, Tensor]], tuple[Tensor, ...]]  # (piece, its inputs by name)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Relative errors against the run in fp32: of one call of the backbone, of the last latents,
+    of what is decoded, and of the text (0 where none is encoded)."""
+
+    allowed: float
+    backbone: float
+    latents: float
+    decode: float
+    text: float = 0.0
+
+    def __str__(self) -> str:
+        errors = {n: v for n, v in asdict(self).items() if n != "allowed"}
+        told = ", ".join(f"{n} {v:.1e}" for n, v in errors.items())
+        return f"relative errors against the run in fp32: {told} (allowed: {self.allowed:.0e})"
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded(Sampler):
+    """A model that keeps what it was asked, and what it answered."""
+
+    asked: list[Tensor] = field(default_factory=list)
+    answered: list[Pair] = field(default_factory=list)
+
+    def estimates(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Pair:
+        self.asked.append(x)
+        self.answered.append(super().estimates(x, t, r))
+        return self.answered[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Eager:
+    """A run sampled in fp32: its condition, noise by draw, the latents of every evaluation, and the
+    last ones."""
+
+    told: dict[str, Tensor]
+    noise: Callable[[int], Tensor]
+    model: Recorded
+    latents: Tensor
+
+
+@torch.no_grad()
+def gate(run: Opened, made: Mapping[str, Piece], call: Call, precision: str) -> Report:
+    """The errors of what was exported. `call` asks it, piece by piece, with tensors on the run's
+    device. Raises Parted where one is above what the precision is allowed."""
+    with exact():
+        eager = sampled(run)
+        final, passed = _walked(run, made, call, eager)
+        pictures = Decode(run.parts.codec, torch.float32, not run.arrays)(eager.latents)
+        text = call("text", {"ids": probe(run, SAMPLES)})[0] if "text" in made else None
+        report = Report(
+            TOLERANCE[precision],
+            _backbone(run, made, call, eager),
+            apart(final, eager.latents),
+            apart(call("decode", {"latents": eager.latents})[0], pictures),
+            0.0 if text is None else apart(text, eager.told["cond"]),
+        )
+        _judge(report, precision, lambda: passed or _steps(run, made, call, eager), eager)
+    return report
+
+
+def sampled(run: Opened) -> Eager:
+    """The run's own solver, with its own network, for the first samples of its seed."""
+    told = conditions(run)
+    plain = run.eager(told.get("cond"), told.get("null"), SAMPLES)
+    model = Recorded(**{f.name: getattr(plain, f.name) for f in fields(plain)})
+    draws = run.draws(SAMPLES)
+    like = torch.zeros(SAMPLES, *run.shape, device=run.device)
+    latents = run.walk(model, start(model, like, run.grid, draws), run.grid, draws)
+    return Eager(told, lambda draw: draws.noise(draw, like), model, latents)
+
+
+def conditions(run: Opened) -> dict[str, Tensor]:
+    """The conditions that an export is tried with, and the empty one where it is read."""
+    text = run.parts.modules.get("text")
+    if text is None:
+        return {}
+    told = {"cond": text(probe(run, SAMPLES).to(run.device))}
+    return told | ({"null": text(run.parts.null_ids(run.device))} if run.guided else {})
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    """The relative error of the one against the other, in norm."""
+    theirs = theirs.double()
+    return float((ours.double() - theirs).norm() / theirs.norm())
+
+
+# ---- what was exported, asked
+
+
+def _backbone(run: Opened, made: Mapping[str, Piece], call: Call, eager: Eager) -> float:
+    """The error of one call, half-way, at the latents of the run."""
+    half = len(run.table.rows) // 2
+    before = eager.model.answered[half - 1][0] if half else None
+    x, row = eager.model.asked[half], run.table.rows[half]
+    found = call("backbone", _asked(made["backbone"], run.table, x, row, eager.told, before))
+    return max(apart(a, b) for a, b in zip(found, eager.model.answered[half], strict=True))
+
+
+def _asked(
+    piece: Piece, table: Table, x: Tensor, row: Row, told: Mapping, before: Tensor | None
+) -> dict[str, Tensor]:
+    """The inputs of the backbone for a row of the table."""
+    t, r = (torch.full((len(x),), v, dtype=table.times, device=x.device) for v in (row.t, row.r))
+    guess = torch.zeros_like(x) if before is None else before
+    every = {"x": x, "t": t, "r": r, "guess": guess, **told}
+    return {name: every[name] for name in piece.inputs}
+
+
+def _walked(run: Opened, made: Mapping[str, Piece], call: Call, eager: Eager):
+    """The last latents, and those of every evaluation where they can be seen."""
+    if "step" in made:
+        passed = list(stepped(run.table, made["step"], call, eager.noise, eager.told))
+        return passed[-1], passed[:-1]
+    noises = [eager.noise(draw) for draw in run.table.draws]
+    inputs = {"noise": eager.noise(0), **eager.told}
+    return call("sampler", inputs | ({"noises": torch.stack(noises)} if noises else {}))[0], None
+
+
+def stepped(
+    table: Table, piece: Piece, call: Call, noise: Callable[[int], Tensor], told: Mapping
+) -> Iterator[Tensor]:
+    """The latents of every evaluation and then the last ones, by the piece `step`."""
+    x = sum(n.weight * noise(n.draw) for n in table.start)
+    kept = torch.zeros(sum(table.kept), *x.shape, device=x.device)
+    weights = table.tensor().to(x.device)
+    for row, own in zip(table.rows, weights, strict=True):
+        yield x
+        t, r = (torch.tensor([v], dtype=table.times, device=x.device) for v in (row.t, row.r))
+        drawn = noise(row.noise.draw) if row.noise else torch.zeros_like(x)
+        every = {"x": x, "t": t, "r": r, "row": own, "kept": kept, "noise": drawn, **told}
+        x, *rest = call("step", {name: every[name] for name in piece.inputs})
+        kept = rest[0] if rest else kept
+    yield x
+
+
+def _steps(run: Opened, made: Mapping[str, Piece], call: Call, eager: Eager) -> list[Tensor]:
+    """The latents of every evaluation, by the backbone and the table."""
+    passed, before = [], [None]
+
+    def ask(x: Tensor, row: Row) -> Pair:
+        passed.append(x)
+        pair = call("backbone", _asked(made["backbone"], run.table, x, row, eager.told, before[0]))
+        before[0] = pair[0]
+        return pair
+
+    replay(run.table, ask, eager.noise)
+    return passed
+
+
+# ---- the verdict
+
+
+def _judge(report: Report, precision: str, steps: Callable[[], list[Tensor]], eager: Eager) -> None:
+    """Raises Parted for what is too far off: latents with the evaluation from which on they are."""
+    errors = {n: v for n, v in asdict(report).items() if n != "allowed"}
+    wrong = next((n for n, v in errors.items() if not v <= report.allowed), None)
+    if wrong is None:
+        return
+    where = _where(steps(), eager, report.allowed) if wrong == "latents" else ""
+    hint = "export with `precision = fp32`" if precision != "fp32" else "export to another target"
+    raise Parted(
+        f"what was exported parts from the run: the relative error of `{wrong}` is"
+        f" {errors[wrong]:.1e}{where}, and {report.allowed:.0e} is allowed in {precision}; {hint}"
+    )
+
+
+def _where(passed: list[Tensor], eager: Eager, allowed: float) -> str:
+    gaps = [apart(a, b) for a, b in zip(passed, eager.model.asked, strict=True)]
+    first = next((i for i, gap in enumerate(gaps) if not gap <= allowed), len(gaps))
+    if first == len(gaps):
+        return f", from the last of {len(gaps)} evaluations on"
+    return f", from evaluation {first} of {len(gaps)} on ({gaps[first]:.1e})"
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Products of fp32 numbers in fp32, on every device."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
