@@ -30,6 +30,7 @@ MAY_IMPORT = {
             "tokenizers",
             "numpy",
             "huggingface_hub",
+            "triton",
         },
         {"language", "models"},
     ),

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from difftrain.models.tangent_attention import carried, plain_because
+
 EPS = 1e-6
 
 
@@ -18,14 +20,20 @@ def norm(kind: str, width: int) -> nn.Module:
 def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
     """softmax(q k / sqrt(d)) v for q [B, H, T, d] and k, v [B, H, S, d]: [B, T, H * d].
 
-    Fused kernels are fast and have no forward-mode derivative; plain matrix products have one.
+    torch's fused kernels are fast and have no forward-mode derivative. What is not to be `fused`
+    has one: through our own kernel where `plain_because` says nothing against it.
     """
     if fused:
         mixed = F.scaled_dot_product_attention(q, k, v)
     else:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        mixed = scores.softmax(dim=-1) @ v
+        mixed = (plain if plain_because(q, v) else carried)(q, k, v)
     return mixed.transpose(1, 2).flatten(2)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same as matrix products, [B, H, T, d]: they have every derivative."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return scores.softmax(dim=-1) @ v
 
 
 def turn(x: Tensor, rotation: Tensor) -> Tensor:
