@@ -1,4 +1,4 @@
-"""Solvers of a user's own: made from ours, a function beside the spec, one of an installed package."""
+"""Solvers of a user's own: made from ours, a function beside the spec, one of a package."""
 
 from pathlib import Path
 

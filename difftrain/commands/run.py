@@ -51,7 +51,8 @@ def sample(args: Namespace) -> int:
     """Draws pictures from the averaged weights of a run into one file."""
     from difftrain.training.samples import sample as draw
 
-    changes = settings(args.settings)
+    asked = {name: getattr(args, option) for option, name in SAMPLING.items()}
+    changes = settings(args.settings) | {n: str(v) for n, v in asked.items() if v is not None}
     path = draw(
         args.run,
         changes,
@@ -63,6 +64,10 @@ def sample(args: Namespace) -> int:
     )
     print(path)
     return CLEAN
+
+
+# options of `sample` that stand for settings, a solver before its steps
+SAMPLING = {"solver": "sample.solver", "steps": "sample.solver.steps", "guidance": "sample.guidance"}
 
 
 def ema(args: Namespace) -> int:
