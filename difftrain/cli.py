@@ -151,7 +151,18 @@ COMMANDS: dict[str, Command] = {
     "compile": Command(
         "run:compile_spec",
         "write one executable file that trains",
-        (SPEC, SET, arg("-o", "--output", metavar="FILE", help="the spec's name if not said")),
+        (
+            SPEC,
+            SET,
+            arg(
+                "--target",
+                default="auto",
+                metavar="TARGET",
+                help="what to compile the step for ahead: `auto`, `none`, `cpu`, or the GPU here by"
+                " a part of its name, `h100`; `auto` is that GPU, or nothing",
+            ),
+            arg("-o", "--output", metavar="FILE", help="the spec's name if not said"),
+        ),
     ),
     "train": Command(
         "run:train",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from difftrain.cli import TRAINING, Option, arg, guarded, parse
 from difftrain.commands.failure import CLEAN
 from difftrain.commands.paths import settings
 from difftrain.compiler import texts
-from difftrain.compiler.executable import unpack
+from difftrain.compiler.executable import Shelf, unpack
 from difftrain.language.explain import explain
 
 SUMMARY = "train the spec that this file was compiled from"
@@ -22,7 +23,10 @@ SET = arg(
     help="an option that leaves the compiled step as it is: `sample.guidance=3`",
 )
 INSPECT = arg("--inspect", action="store_true", help="print manifest, equations and source")
-OPTIONS: tuple[Option, ...] = (*TRAINING, SET, INSPECT)
+STORE = arg(
+    "--store", action="store_true", help="keep the step in this file as it is compiled here"
+)
+OPTIONS: tuple[Option, ...] = (*TRAINING, SET, STORE, INSPECT)
 
 
 def main(argv: list[str]) -> int:
@@ -36,22 +40,33 @@ def _launch(file: Path, argv: list[str]) -> int:
         return CLEAN
     files, changes = unpack(file), settings(args.settings)
     if args.inspect:
-        print(inspect(files, changes), end="")
+        print(inspect(files, changes, Shelf(file)), end="")
         return CLEAN
-    return _train(files, changes, args)
+    return _train(files, changes, args, Shelf(file))
 
 
-def _train(files: Mapping[str, str], changes: dict[str, str], args) -> int:
+def _train(files: Mapping[str, str], changes: dict[str, str], args, shelf: Shelf) -> int:
     from difftrain.training.bundle import open_bundle
     from difftrain.training.run import run, say
+    from difftrain.training.stepper import Keeping
 
     bundle = open_bundle(files)
     if changed := texts.differences(bundle.manifest):
         say(changed)
-    return run(bundle, changes, data=args.data, steps=args.steps, resume=args.resume, out=args.out)
+    return run(
+        bundle,
+        changes,
+        data=args.data,
+        steps=args.steps,
+        resume=args.resume,
+        out=args.out,
+        keeping=Keeping(shelf, args.store),
+    )
 
 
-def inspect(files: Mapping[str, str], changes: Mapping[str, str]) -> str:
-    """Manifest, equations and source, without starting anything. Raises SpecError."""
+def inspect(files: Mapping[str, str], changes: Mapping[str, str], shelf: Shelf) -> str:
+    """Manifest, compiled steps, equations and source, without starting anything. Raises
+    SpecError."""
     page = explain(texts.read_spec(files, changes))
-    return f"{files[texts.MANIFEST]}\n{page}\n{files['step.py']}"
+    compiled = json.dumps({"compiled": shelf.pages()}, indent=2)
+    return f"{files[texts.MANIFEST]}{compiled}\n\n{page}\n{files['step.py']}"

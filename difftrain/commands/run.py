@@ -17,16 +17,38 @@ def compile_spec(args: Namespace) -> int:
     read(path, changes, "compile")  # what is wrong is told before torch is imported
     from difftrain.compiler.executable import pack
     from difftrain.models.pretrained import Absent
+    from difftrain.training.ahead import target
     from difftrain.training.bundle import compile_spec as compiled
     from difftrain.training.measure import measured
 
     bundle = compiled(path, changes)
+    device = target(args.target, bundle)
     try:
         bundle = measured(bundle)
     except Absent as problem:  # it may be there where the executable runs
         print(f"warning: {problem}; the manifest is without state and FLOPs", file=sys.stderr)
-    print(pack(bundle.texts, out))
+    made = pack(bundle.texts, out)
+    if device is not None:
+        _ahead(bundle, device, made)
+    print(made)
     return CLEAN
+
+
+def _ahead(bundle, device, made: Path) -> None:
+    """Adds the step as it is compiled for a device, where that can be done without the run."""
+    from difftrain.compiler.executable import Shelf
+    from difftrain.training.ahead import compiled_for
+    from difftrain.training.sources import DataError
+
+    print("compiling the step", file=sys.stderr)
+    try:
+        facts, data = compiled_for(bundle, device)
+    except DataError as problem:
+        print(f"warning: {problem}; the step is not compiled ahead", file=sys.stderr)
+        return
+    Shelf(made).put(facts, data)
+    told = f"the step is compiled for {facts['device']}: {len(data) / 1e6:.1f} MB"
+    print(told, file=sys.stderr)
 
 
 def _free(out: str, spec: str) -> str:

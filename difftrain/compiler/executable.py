@@ -1,17 +1,23 @@
 """One executable file: a zip that Python runs, with the bundle and the training runtime in it.
 
     #!/usr/bin/env python3
-    __main__.py   bundle/spec.diff, manifest.json, step.py, …   difftrain/
+    __main__.py   bundle/spec.diff, manifest.json, step.py, …   difftrain/   compiled/…
 
-It needs the declared packages and no checkout. Nothing in it is a pickle.
+It needs the declared packages and no checkout. `compiled/` holds what torch made of the step on the
+machines it was compiled on, each beside a page that says for which machine and shapes, with its
+sha256: see `compiler.kept`. Everything else is text, pictures and safetensors.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import stat
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -19,7 +25,7 @@ from pathlib import Path
 from difftrain.shipped import folder
 
 SHEBANG = b"#!/usr/bin/env python3\n"
-BUNDLE = "bundle/"
+BUNDLE, COMPILED = "bundle/", "compiled/"
 MAIN = """\
 import sys
 
@@ -39,12 +45,19 @@ LEFT_OUT = ("__pycache__",)
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # the same inputs give the same bytes
 
 
+class Damaged(Exception):
+    """An executable that is not what was written."""
+
+
 def pack(texts: Mapping[str, str], path: str | Path) -> Path:
     """Writes the executable; it appears whole or not at all."""
-    path = Path(path)
+    return _replaced(Path(path), lambda partial: _write(partial, texts))
+
+
+def _replaced(path: Path, write: Callable[[Path], object]) -> Path:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        _write(partial, texts)
+        write(partial)
         mode = partial.stat().st_mode
         partial.chmod(mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
         os.replace(partial, path)
@@ -93,3 +106,51 @@ def unpack(path: str | Path) -> dict[str, str]:
     with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if n.startswith(BUNDLE)]
         return {n.removeprefix(BUNDLE): archive.read(n).decode() for n in names}
+
+
+# ---- compiled steps
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The compiled steps in an executable, each by the facts that it is only good for."""
+
+    path: Path
+
+    def pages(self) -> list[dict]:
+        """The facts of each, with `sha256` and `bytes`."""
+        with zipfile.ZipFile(self.path) as archive:
+            names = [n for n in archive.namelist() if n.startswith(COMPILED)]
+            return [json.loads(archive.read(n)) for n in names if n.endswith(".json")]
+
+    def take(self, facts: Mapping) -> bytes | None:
+        """The compiled step for these facts, if there is one. Raises Damaged."""
+        name = place(facts)
+        with zipfile.ZipFile(self.path) as archive:
+            if f"{name}.json" not in archive.namelist():
+                return None
+            page, data = json.loads(archive.read(f"{name}.json")), archive.read(f"{name}.cache")
+        if sha256(data).hexdigest() != page["sha256"]:
+            raise Damaged(
+                f"the compiled step in `{self.path}` is not what was written there:"
+                " compile the spec again"
+            )
+        return data
+
+    def put(self, facts: Mapping, data: bytes) -> None:
+        """Adds a compiled step. What was in the file keeps its place there: the program that runs
+        out of it still reads it."""
+        page = {**facts, "sha256": sha256(data).hexdigest(), "bytes": len(data)}
+
+        def write(partial: Path) -> None:
+            shutil.copyfile(self.path, partial)
+            with zipfile.ZipFile(partial, "a") as archive:
+                _add(archive, f"{place(facts)}.cache", data)
+                _add(archive, f"{place(facts)}.json", json.dumps(page, indent=2).encode())
+
+        _replaced(self.path, write)
+
+
+def place(facts: Mapping) -> str:
+    """Where the compiled step for these facts lies, without an ending."""
+    return COMPILED + sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

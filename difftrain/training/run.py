@@ -44,19 +44,14 @@ from difftrain.training.parts import (
     opened,
 )
 from difftrain.training.start import begin, inherited, try_out
+from difftrain.training.stepper import Keeping, Stepper, say
 
 SNAPSHOTS = "snapshots_every"
 REPORTED = ("log_every", "save_every", SNAPSHOTS)  # what a run keeps, it has looked at
-TRIAL = 3  # uncompiled steps that are timed before `auto` decides on a CPU
 
 
 class RunFailed(Exception):
     """A run that cannot go on; the message names what was saved."""
-
-
-def say(line: str) -> None:
-    """One line for the person who waits, beside the progress bar."""
-    tqdm.write(line, file=sys.stderr)
 
 
 @dataclass(eq=False)
@@ -76,6 +71,7 @@ class Session:
     state: dict[str, Tensor]
     steps: int
     started: float
+    keeping: Keeping = Keeping()
 
     @property
     def device(self) -> torch.device:
@@ -112,10 +108,12 @@ def run(
     resume: str | None = None,
     out: str | None = None,
     started: float | None = None,
+    keeping: Keeping | None = None,
 ) -> int:
     """Trains a bundle: the same for `difftrain train` and for an executable. The exit code."""
     with importable(bundle.texts):
         session = open_session(bundle, settings or {}, data, steps, resume, out, started)
+        session.keeping = keeping or session.keeping
         loop(session)
         finish(session)
     return 0
@@ -231,7 +229,7 @@ def loop(session: Session) -> None:
     bar = tqdm(total=session.steps, initial=first, unit="step", file=sys.stderr, dynamic_ncols=True)
     with bar, SummaryWriter(str(session.folder / "log"), purge_step=first + 1) as board:
         for done, batch in zip(range(first + 1, session.steps + 1), batches, strict=False):
-            log = step(session.state, _feed(session, batch, null_ids), *fixed)
+            log = _stepped(session, step, _feed(session, batch, null_ids), fixed)
             bar.update()
             due = {option for option in REPORTED if _due(session, done, option)}
             if due:
@@ -244,6 +242,14 @@ def loop(session: Session) -> None:
                 grid(session, done)
 
 
+def _stepped(session: Session, step: Stepper, batch: dict, fixed: tuple) -> dict[str, Tensor]:
+    """What one step logs. Raises RunFailed where the memory is full."""
+    try:
+        return step(session.state, batch, *fixed)
+    except torch.OutOfMemoryError as cause:
+        raise RunFailed(_stopped(session, "the memory is full", SMALLER)) from cause
+
+
 def _due(session: Session, done: int, option: str) -> bool:
     """Whether something happens after this step: every so many (0 is never), and at the end, where
     snapshots are only taken of runs that want some."""
@@ -251,48 +257,6 @@ def _due(session: Session, done: int, option: str) -> bool:
     if not every:
         return done == session.steps and option != SNAPSHOTS
     return done == session.steps or done % every == 0
-
-
-class Stepper:
-    """The step as this machine runs it best, chosen once: compiled or not, replayed on a GPU.
-
-    On a CPU `auto` first times a few steps as they are.
-    """
-
-    def __init__(self, session: Session):
-        self.session, self.step = session, session.programs.step.step
-        self.calls, self.seconds = 0, []
-        self.left = session.steps - session.done
-        asked, device = session.train["compile"], session.device.type
-        self.undecided = asked == "auto" and device == "cpu" and bool(lowering.cxx())
-        if not self.undecided:
-            self._decide(None)
-        elif self.left <= TRIAL:
-            say("not compiled: too few steps are left to gain from it")
-
-    def __call__(self, *args) -> dict[str, Tensor]:
-        self.calls += 1
-        if self.calls == TRIAL + 1 and self.undecided:
-            self._decide(min(self.seconds))  # the first steps also wake libraries up
-        elif self.calls == 2 * TRIAL + 1:
-            lowering.no_more_compiling()
-        started = time.perf_counter()
-        try:
-            return self.step(*args)
-        except torch.OutOfMemoryError as cause:
-            raise RunFailed(_stopped(self.session, "the memory is full", SMALLER)) from cause
-        finally:
-            if self.undecided:
-                self.seconds.append(time.perf_counter() - started)
-
-    def _decide(self, seconds: float | None) -> None:
-        session, self.undecided = self.session, False
-        kind = session.device.type
-        choice = lowering.choose(session.train["compile"], kind, self.left, seconds)
-        say(choice.because)
-        self.step = lowering.compiled(self.step) if choice.compiled else self.step
-        if kind == "cuda":
-            self.step = lowering.Replayed(self.step)
 
 
 SMALLER = "try a smaller `data.batch`"

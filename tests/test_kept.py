@@ -1,0 +1,124 @@
+"""Compiled steps: what they are good for, the executable that holds them, where they come from."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.utils import counters
+
+from difftrain.compiler import kept
+from difftrain.compiler.executable import Damaged, Shelf, pack, place
+from difftrain.training.ahead import NoTarget, target
+from difftrain.training.bundle import compile_text
+from difftrain.training.stepper import Keeping
+
+FACTS = {"device": "a GPU", "torch": "2.11.0", "batch": 4, "size": 64}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return Shelf(pack({"spec.diff": "diff 1\n"}, tmp_path / "file"))
+
+
+# ---- on the shelf
+
+
+def test_it_is_there_as_it_was_put(shelf):
+    assert shelf.take(FACTS) is None and shelf.pages() == []
+    shelf.put(FACTS, b"first")
+    shelf.put({**FACTS, "batch": 8}, b"second")
+    assert shelf.take(FACTS) == b"first"
+    assert shelf.take({**FACTS, "batch": 8}) == b"second"
+    assert shelf.take({**FACTS, "device": "another"}) is None
+    assert [(page["batch"], page["bytes"]) for page in shelf.pages()] == [(4, 5), (8, 6)]
+    assert [p.name for p in shelf.path.parent.iterdir()] == ["file"]
+    assert shelf.path.stat().st_mode & 0o111
+
+
+def test_what_runs_out_of_the_file_keeps_its_place(shelf):
+    before = _places(shelf.path)
+    shelf.put(FACTS, b"data")
+    assert {n: p for n, p in _places(shelf.path).items() if n in before} == before
+
+
+def _places(path: Path) -> dict[str, int]:
+    with zipfile.ZipFile(path) as archive:
+        return {item.filename: item.header_offset for item in archive.infolist()}
+
+
+def test_what_was_changed_is_not_used(shelf):
+    page = {**FACTS, "sha256": "0" * 64, "bytes": 4}
+    with zipfile.ZipFile(shelf.path, "a") as archive:
+        archive.writestr(f"{place(FACTS)}.json", json.dumps(page))
+        archive.writestr(f"{place(FACTS)}.cache", b"data")
+    with pytest.raises(Damaged, match="is not what was written there: compile the spec again"):
+        shelf.take(FACTS)
+
+
+# ---- from torch, and back
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """A function that torch compiled, its caches having been empty."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    counters.clear()
+    x = torch.arange(4.0)
+    assert torch.compile(lambda x: x.sin() + 1)(x).allclose(x.sin() + 1)
+
+
+def test_what_is_kept_is_said(shelf, compiled):
+    line = "the step was compiled: 2.0 s to the first step"
+    absent = "this file has none for a GPU, torch 2.11.0 and these 4 samples of 64 px"
+    assert not kept.found()
+    assert Keeping().told(FACTS, False, 2.0) == line
+    assert (
+        Keeping(shelf).told(FACTS, False, 2.0) == f"{line}; {absent}, and `--store` puts it there"
+    )
+    assert shelf.pages() == []
+    stored = Keeping(shelf, store=True).told(FACTS, False, 2.0)
+    assert stored == f"{line}; it is now kept in `file`"
+    assert Keeping(shelf).give(FACTS) and not Keeping(shelf).give({**FACTS, "batch": 1})
+
+
+def test_a_machine_is_known_by_what_a_step_depends_on():
+    facts = kept.machine(CPU)
+    assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+    assert json.loads(json.dumps(facts)) == facts
+
+
+# ---- for which machine
+
+
+@pytest.mark.parametrize(
+    ("asked", "option", "device"),
+    [
+        ("none", "on", None),
+        ("cpu", "auto", CPU),
+        ("auto", "auto", None),
+        ("auto", "off", None),
+        ("auto", "on", CPU),
+    ],
+)
+def test_targets_without_a_gpu(monkeypatch, asked, option, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert target(asked, _bundle(f"compile = {option}")) == device
+
+
+def test_a_target_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NoTarget) as problem:
+        target("h100", _bundle("compile = auto"))
+    assert str(problem.value) == (
+        "`--target h100` cannot be compiled for on this machine, since it has no GPU: compile the"
+        " spec there, or run the executable there with `--store`"
+    )
+
+
+def _bundle(train: str):
+    return compile_text("tiny", tiny.spec(train=train))
