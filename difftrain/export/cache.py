@@ -24,8 +24,11 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "difftrain", "engines")
 
 
-def engine(source: Source, profile: Profile, maker: Library, folder: Path, say: Say) -> Engine:
+def engine(
+    source: Source, profile: Profile, maker: Library, *, folder: Path | None = None, say: Say
+) -> Engine:
     """The engine of a piece: as it was built before, refitted, or built now and kept."""
+    folder = folder or home()
     graph, weights = hashes(source.onnx)
     named = {**asdict(profile), "library": maker.package, "version": maker.version, "graph": graph}
     named |= {} if profile.refit else {"weights": weights}
@@ -60,24 +63,32 @@ def _refit(
 
 def hashes(onnx: Path) -> tuple[str, str]:
     """Hashes of the graph of an ONNX file, without what names places in sources, and of its
-    weights."""
+    weights: whole numbers are shapes and places, and belong to the graph."""
     import onnx as format
 
-    model = format.load(str(onnx), load_external_data=False)
-    held = sha256()
-    for tensor in sorted(model.graph.initializer, key=lambda it: it.name):
+    model, held = format.load(str(onnx), load_external_data=False), sha256()
+    weights = [it for it in model.graph.initializer if it.data_type in _reals(format.TensorProto)]
+    for tensor in sorted(weights, key=lambda it: it.name):
         held.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())
         for chunk in _bytes(tensor, onnx.parent):
             held.update(chunk)
+        for field in ("raw_data", "float_data", "double_data", "external_data", "data_location"):
+            tensor.ClearField(field)
     _strip(model)
     return _digest(model.SerializeToString(deterministic=True)), held.hexdigest()[:32]
+
+
+def _reals(kinds) -> tuple[int, ...]:
+    return kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE
 
 
 def _bytes(tensor, folder: Path) -> Iterator[bytes]:
     """The bytes of a tensor, also where they lie in a file of their own."""
     where = {entry.key: entry.value for entry in tensor.external_data}
     if not where:
-        yield tensor.SerializeToString(deterministic=True)
+        from onnx import numpy_helper
+
+        yield numpy_helper.to_array(tensor).tobytes()
         return
     left = int(where["length"])
     with (folder / where["location"]).open("rb") as file:
@@ -88,17 +99,12 @@ def _bytes(tensor, folder: Path) -> Iterator[bytes]:
 
 
 def _strip(model) -> None:
-    """Takes out of a model what its weights say, and where its sources lay."""
-    shapes = [(it.name, it.data_type, list(it.dims)) for it in model.graph.initializer]
-    del model.graph.initializer[:]
-    for name, kind, dims in shapes:
-        model.graph.initializer.add(name=name, data_type=kind, dims=dims)
-    del model.metadata_props[:], model.graph.metadata_props[:]
-    for node in [*model.graph.node, *(n for f in model.functions for n in f.node)]:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        del value.metadata_props[:]
+    """Takes out of a model where its sources lay."""
+    nodes = [*model.graph.node, *(n for f in model.functions for n in f.node)]
+    values = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    for part in (model, model.graph, *nodes, *values):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def _digest(data: bytes) -> str:

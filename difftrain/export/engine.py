@@ -18,8 +18,8 @@ import torch
 
 from difftrain.export.errors import ExportError
 from difftrain.export.running import TYPES, log
+from difftrain.export.trace import BATCH
 
-BATCH = "batch"  # what the ONNX files call the one dimension that varies
 PORTABLE = "8.0"  # the least compute capability of engines that are built for no GPU alone
 Tensors = dict[str, tuple[str, list]]  # type and dimensions by name
 Made = tuple[bytes, dict[str, object]]  # an engine, and what is known of it
@@ -198,7 +198,7 @@ def _from_program(source: Source, profile: Profile, maker: Library) -> Made:
     try:
         data = compiler.dynamo.convert_exported_program_to_serialized_trt_engine(
             program,
-            arg_inputs=[_input(compiler, *it, profile) for it in inputs.values()],
+            kwarg_inputs={n: _input(compiler, *it, profile) for n, it in inputs.items()},
             immutable_weights=not profile.refit,
             hardware_compatible=profile.portable,
         )

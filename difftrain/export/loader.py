@@ -81,9 +81,9 @@ def _named(out: str, manifest: Mapping) -> Path:
 
 
 def _texts(manifest: Mapping, prompts: Sequence[str], count: int | None) -> list[str]:
-    if prompts and not manifest["condition"]:
+    if prompts and not manifest["encoders"]:
         raise Refused("this network reads no condition: leave out `--prompt`")
-    texts = list(prompts) or (manifest["prompts"] if manifest["condition"] else [""])
+    texts = list(prompts) or (manifest["prompts"] if manifest["encoders"] else [""])
     if not texts:
         raise Refused('say with `--prompt "..."` what to draw')
     return list(islice(cycle(texts), count or max(len(texts), 1)))
@@ -112,7 +112,7 @@ class Sampler:
             )
         if batch is not None and not self.low <= batch <= self.high:
             raise Refused(
-                f"these engines take batches of {self.low} to {self.high}, not {batch}: export"
+                f"these file draws batches of {self.low} to {self.high}, not {batch}: export"
                 f" again with `batch = {min(self.low, batch)}..{max(self.high, batch)}`"
             )
         self.high = batch or self.high
@@ -121,10 +121,11 @@ class Sampler:
             runtime(about)
             gpu(about)
         self.parts = {e["piece"]: _runner(archive, e) for e in engines}
-        self.encoders = [_encoder(archive, about) for about in manifest["condition"]]
-        loop = manifest["loop"]
+        self.encoders = [_encoder(archive, about) for about in manifest["encoders"]]
+        name = "step" if "step" in self.parts else "sampler"
+        inputs = list(manifest["pieces"]["step"]["inputs"]) if name == "step" else None
         shape = manifest["shapes"][str(size)]
-        self.walk = Walk(self.parts["sampler" if loop["unrolled"] else "step"], loop, shape)
+        self.walk = Walk(self.parts[name], manifest["table"], inputs, shape)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], seed: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from difftrain.compiler import random
 
+CONDITIONS = ("cond", "null")  # inputs that are the same in every call
 WARM = 2  # calls before a graph is captured: kernels are compiled in the first
 
 
@@ -188,45 +189,57 @@ def kernels_of(data: bytes) -> Path:
 class Walk:
     """Latents [B, ...] of a seed and conditions, by a whole sampler or step by step.
 
-    `loop` is the solver as a table: see `difftrain.export.table`. All calls for one batch are one
-    CUDA graph where the library allows that.
+    `table` is the solver's, as a manifest has it; `inputs` names what `step` takes, and is None for
+    a whole sampler. On a GPU all calls for one batch are one CUDA graph, if the library allows it.
     """
 
-    def __init__(self, engine: Runner, loop: Mapping, shape: Sequence[int]):
-        self.engine, self.loop, self.shape = engine, loop, tuple(shape)
-        kind = torch.int64 if loop["whole"] else torch.float32
-        self.times = torch.tensor(loop["times"], dtype=kind, device="cuda")  # [N, 2]: t and r
-        self.rows = torch.tensor(loop["rows"], dtype=torch.float32, device="cuda")
+    def __init__(
+        self,
+        engine: Callable,
+        table: Mapping,
+        inputs: Sequence[str] | None,
+        shape: Sequence[int],
+        device: str = "cuda",
+    ):
+        self.engine, self.table, self.shape = engine, table, tuple(shape)
+        self.inputs = inputs and [name for name in inputs if name not in CONDITIONS]
+        kind = torch.int64 if table["time"] == "index" else torch.float32
+        times = [[row["t"], row["r"]] for row in table["rows"]]
+        self.times = torch.tensor(times, dtype=kind, device=device)  # [N, 2]
+        weights = [row["weights"] for row in table["rows"]]
+        self.weights = torch.tensor(weights, dtype=torch.float32, device=device)
         self.graphs: dict[int, Replay] = {}
 
     def __call__(self, seed: int, index: Tensor, told: Sequence[Tensor]) -> Tensor:
         """Latents of the samples `index` [B] under conditions: that of each, and the empty one."""
-        noises = [self._noise(draw, seed, index) for draw in (0, *self.loop["draws"])]
-        count = len(index)
+        noises = [self._noise(draw, seed, index) for draw in (0, *self.table["draws"])]
+        given, count = [*noises, *told], len(index)
+        if not index.is_cuda:
+            return self._walk(*given)
         if count not in self.graphs:
-            self.graphs[count] = Replay(self._walk, [*noises, *told], self.engine.capturable)
-        return self.graphs[count]([*noises, *told])
+            self.graphs[count] = Replay(self._walk, given, self.engine.capturable)
+        return self.graphs[count](given)
 
     def _noise(self, draw: int, seed: int, index: Tensor) -> Tensor:
         """Draw number `draw` [B, ...]: as `difftrain sample` draws it."""
         return random.normal("sample", seed, draw, index, self.shape)
 
     def _walk(self, *given: Tensor) -> Tensor:
-        count = 1 + len(self.loop["draws"])
-        noises, told = given[:count], given[count:]
-        if self.loop["unrolled"]:
-            drawn = [torch.stack(noises[1:])] if count > 1 else []
+        draws = (0, *self.table["draws"])
+        noises, told = given[: len(draws)], given[len(draws) :]
+        if self.inputs is None:
+            drawn = [torch.stack(noises[1:])] if len(noises) > 1 else []
             return self.engine(noises[0], *drawn, *told)[0]
-        return self._steps(dict(zip((0, *self.loop["draws"]), noises, strict=True)), told)
+        return self._steps(dict(zip(draws, noises, strict=True)), told)
 
     def _steps(self, noises: Mapping[int, Tensor], told: Sequence[Tensor]) -> Tensor:
         """One call of the engine for each row of the table."""
-        x = sum(weight * noises[draw] for weight, draw in self.loop["start"])
-        kept = x.new_zeros(self.loop["kept"], *x.shape)
-        for i, draw in enumerate(self.loop["row draws"]):
-            row = {"x": x, "t": self.times[i, :1], "r": self.times[i, 1:], "row": self.rows[i]}
-            row |= {"kept": kept, "noise": noises[draw if draw is not None else 0]}
-            x, *rest = self.engine(*(row[n] for n in self.loop["inputs"]), *told)
+        x = sum(weight * noises[draw] for weight, draw in self.table["start"])
+        kept = x.new_zeros(sum(self.table["kept"]), *x.shape)
+        for i, row in enumerate(self.table["rows"]):
+            every = {"x": x, "t": self.times[i, :1], "r": self.times[i, 1:]}
+            every |= {"row": self.weights[i], "kept": kept, "noise": noises[row["draw"] or 0]}
+            x, *rest = self.engine(*(every[name] for name in self.inputs), *told)
             kept = rest[0] if rest else kept
         return x
 

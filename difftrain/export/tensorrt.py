@@ -1,0 +1,151 @@
+"""A run as one executable file that draws with TensorRT engines.
+
+Modules become ONNX files, and those become engines, by the library that is installed. The engines
+are held against the run where there is a GPU, and the ONNX files where there is none.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from difftrain.export import cache, manifest, onnx
+from difftrain.export.engine import Engine, Library, Profile, Source, library
+from difftrain.export.errors import ExportError
+from difftrain.export.modules import Piece, pieces
+from difftrain.export.opened import Opened
+from difftrain.export.package import encoders, pack
+from difftrain.export.parity import Call, Report, gate
+from difftrain.export.running import Runner
+from difftrain.export.trace import traced
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, eq=False)
+class Sized:
+    """What a run needs to draw at one size: its modules, their engines, and how far those (or
+    without a GPU their ONNX files) are from the run."""
+
+    run: Opened
+    made: Mapping[str, Piece]
+    engines: Mapping[str, Engine]
+    report: Report
+
+
+def export(run: Opened, file: Path, say: Say = print) -> Path:
+    """Writes the file of a run. Raises ExportError."""
+    _can_draw(run)
+    if file.is_dir():
+        raise ExportError(f"`{file}` is a folder: say with `-o` how to call the file")
+    profile, maker = wanted(run, say), library(run.target["library"])
+    told, data = encoders(run.parts.text, run.sampling["prompts"])
+    sizes = list(run.target["sizes"]) or [run.data["size"]]
+    every = [_sized(run, size, profile, maker, say) for size in sizes]
+    about = _described(every, profile) | {"encoders": told, "sizes": sizes}
+    packed = {}
+    for size, it in zip(sizes, every, strict=True):
+        packed |= {_place(name, size): (name, engine) for name, engine in it.engines.items()}
+    about["engines"] = [
+        {**engine.about, "piece": name, "file": place, "size": _size_of(name, place)}
+        for place, (name, engine) in packed.items()
+    ]
+    return pack(file, about, data | {place: it.data for place, (_, it) in packed.items()})
+
+
+def _can_draw(run: Opened) -> None:
+    if run.model.programs.noise is not None:
+        raise ExportError(
+            f"the noise of `{run.objective.name}` has a law of its own, and the file draws standard"
+            " normal noise alone: leave out what changes `eps`, or export to ONNX"
+        )
+
+
+def wanted(run: Opened, say: Say) -> Profile:
+    """What the engines of a run are built for."""
+    low, high = run.target["batch"]
+    profile = Profile(low, high, run.target["portable"], run.target["refit"])
+    if (profile.refit or not profile.portable) and not torch.cuda.is_available():
+        say(
+            "here is no GPU: engines are built for every one, and take no new weights; new weights"
+            " get new engines"
+        )
+        return replace(profile, refit=False, portable=True)
+    return profile
+
+
+# ---- one size
+
+
+def _sized(run: Opened, size: int, profile: Profile, maker: Library, say: Say) -> Sized:
+    """Modules and engines at a size, held against the run."""
+    run = replace(run, data=replace(run.data, values={**run.data.values, "size": size}))
+    precision, made = run.target["precision"], pieces(run, run.target["precision"])
+    with tempfile.TemporaryDirectory() as folder:
+        sources = dict(_sources(made, Path(folder), profile))
+        here = torch.cuda.is_available()
+        engines = {
+            name: cache.engine(source, its, maker, say=say)
+            for name, (source, its) in sources.items()
+            if here or name != "backbone"  # which is there to be held against the run
+        }
+        files = {name: source.onnx for name, (source, _) in sources.items()}
+        call = running(made, engines) if here else onnx.sessions(made, files, run.device)
+        report = gate(run, made, call, precision)
+    say(f"{'engines' if here else 'ONNX files, as here is no GPU'}: {report}")
+    return Sized(run, made, {n: e for n, e in engines.items() if n != "backbone"}, report)
+
+
+def _sources(
+    made: Mapping[str, Piece], folder: Path, profile: Profile
+) -> Iterator[tuple[str, tuple[Source, Profile]]]:
+    """Every module as libraries take it, and what its engine is built for: that of texts is asked
+    for the empty one alone as well."""
+    for name, piece in made.items():
+        text = name == "text"
+        its = replace(profile, low=1, high=max(2, profile.high)) if text else profile
+        batch = its.low, its.high
+        file = onnx.write({name: piece}, folder, batch)[name]
+        yield name, (Source(name, file, partial(traced, name, piece, batch)), its)
+
+
+def running(made: Mapping[str, Piece], engines: Mapping[str, Engine]) -> Call:
+    """Engines on the GPU, as functions of inputs by name."""
+    runners = {name: Runner(name, it.data, it.about) for name, it in engines.items()}
+
+    def call(name: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(runners[name](*(inputs[n].contiguous() for n in made[name].inputs)))
+
+    return call
+
+
+# ---- what the file says of itself
+
+
+def _described(every: list[Sized], profile: Profile) -> dict[str, object]:
+    """The manifest, but for its engines and encoders."""
+    first, sampling = every[0], every[0].run.sampling
+    batch = profile.low, profile.high
+    about = manifest.describe(first.run, "tensorrt", batch, first.made, first.report)
+    return {
+        **about,
+        "shapes": {str(it.run.data["size"]): list(it.run.shape) for it in every},
+        "arrays": first.run.arrays,
+        "guided": first.run.guided,
+        "prompts": list(sampling["prompts"])[: sampling["count"]],
+    }
+
+
+def _place(name: str, size: int) -> str:
+    """Where an engine lies in the file: one of texts serves every size."""
+    return f"engines/{name}.engine" if name == "text" else f"engines/{name}-{size}.engine"
+
+
+def _size_of(name: str, place: str) -> int | None:
+    return None if name == "text" else int(place.removesuffix(".engine").rpartition("-")[2])

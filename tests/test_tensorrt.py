@@ -1,0 +1,488 @@
+"""Engines, the cache of engines, and the file that draws with them.
+
+Engines are built for real: TensorRT-RTX needs no GPU for that. Torch-TensorRT cannot be had without
+one, so that what it is called with is looked at on a stand-in.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from difftrain.export import cache, engine, package, tensorrt
+from difftrain.export.engine import LIBRARIES, Profile, Source, build, library
+from difftrain.export.errors import ExportError
+from difftrain.export.manifest import tabled
+from difftrain.export.modules import Piece, pieces
+from difftrain.export.opened import Opened
+from difftrain.export.png import png, sheet
+from difftrain.export.running import Refused, Runner, Walk, gpu, runtime
+from difftrain.export.tokens import BytePairs, UnknownWords, words
+from difftrain.language.options import Run
+from difftrain.models.encoders import t5
+from difftrain.models.joined import Joined
+from difftrain.models.labels import label
+from difftrain.models.text import clip
+from difftrain.models.tokenizer import clip_tokenizer
+from difftrain.training import evaluate
+from difftrain.training.bundle import block, compile_text
+from difftrain.training.known import Known
+from difftrain.training.parts import build_parts
+
+RTX = LIBRARIES[-1]
+EVERY = Profile()
+
+
+def convolution(path: Path, weight: float = 0.5, name: str = "conv") -> Source:
+    """x [batch, 4, 8, 8] fp32 plus its convolution in fp16, as an ONNX file."""
+    kernel = np.full((4, 4, 3, 3), weight, np.float16)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["low"], to=TensorProto.FLOAT16),
+        helper.make_node("Conv", ["low", "kernel"], ["made"], name=name, pads=[1] * 4),
+        helper.make_node("Cast", ["made"], ["high"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["x", "high"], ["y"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 4, 8, 8]) for n in ("x", "y")
+    ]
+    held = [numpy_helper.from_array(kernel, "kernel")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], held)
+    opset = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), str(path))
+    return Source("conv", path, None)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return convolution(tmp_path / "a.onnx")
+
+
+# ---- engines
+
+
+def test_an_engine_is_built_without_a_gpu(source):
+    made = build(source, EVERY, RTX)
+    assert made.data[:4] == b"vtrt" and tuple(made.data[24:28]) == (1, 4, 0, 76)
+    assert b'name="x.1"' in made.data and b"accelerators={sm80 }" in made.data
+    assert made.about == {
+        "library": "tensorrt-rtx",
+        "runtime": "tensorrt_rtx",
+        "version": metadata.version("tensorrt-rtx"),
+        "gpu": "8.0 or later",
+        "batch": [1, 8],
+        "refit": False,
+        "inputs": {"x": ("float32", ["batch", 4, 8, 8])},
+        "outputs": {"y": ("float32", ["batch", 4, 8, 8])},
+        "layers": {
+            "cast float16": 1,
+            "cast float32": 1,
+            "convolution float16": 1,
+            "elementwise float32": 1,
+        },
+    }
+
+
+def test_what_no_engine_is_made_of(tmp_path):
+    path = tmp_path / "b.onnx"
+    path.write_bytes(b"not a graph")
+    with pytest.raises(ExportError, match="`b` has no engine: "):
+        build(Source("b", path, None), EVERY, RTX)
+
+
+# ---- the library
+
+
+def packages(monkeypatch, *names: str, gpu: bool = False):
+    monkeypatch.setattr(engine, "installed", lambda name: name in names)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+
+ALL = [it.package for it in LIBRARIES]
+
+
+@pytest.mark.parametrize(
+    ("here", "gpu", "wanted", "chosen"),
+    [
+        (ALL, True, "", "torch-tensorrt"),
+        (ALL[1:], True, "", "torch-tensorrt-rtx"),
+        (ALL[1:], False, "", "tensorrt-rtx"),
+        (ALL, True, "tensorrt-rtx", "tensorrt-rtx"),
+    ],
+)
+def test_the_first_library_that_builds_here(monkeypatch, here, gpu, wanted, chosen):
+    packages(monkeypatch, *here, gpu=gpu)
+    assert library(wanted).package == chosen
+
+
+@pytest.mark.parametrize(
+    ("here", "wanted", "says"),
+    [
+        ([], "", "an engine needs `tensorrt-rtx`, which is not installed here"),
+        (ALL[2:], "torch-tensorrt", "an engine needs `torch-tensorrt`, which is not installed"),
+        (ALL[:1], "", "`torch-tensorrt` builds engines on a machine with a GPU, and here is none"),
+        (ALL, "trt", "`trt` is no engine library: use `torch-tensorrt`, `torch-tensorrt-rtx`, "),
+    ],
+)
+def test_no_library(monkeypatch, here, wanted, says):
+    packages(monkeypatch, *here)
+    with pytest.raises(ExportError, match=says):
+        library(wanted)
+
+
+class Linear(torch.nn.Module):
+    def forward(self, x, t):
+        return 2 * x + t[:, None]
+
+
+def test_what_torch_tensorrt_is_called_with(monkeypatch):
+    calls = []
+
+    def convert(program, **options):
+        calls.append((program, options))
+        return b"engine"
+
+    dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=convert)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", SimpleNamespace(dynamo=dynamo, Input=dict))
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.15"))
+    batch = torch.export.Dim("batch")
+    inputs = {"x": torch.zeros(2, 3), "t": torch.zeros(2, dtype=torch.float16)}
+    shapes = {name: {0: batch} for name in inputs}
+    program = torch.export.export(Linear(), (), inputs, dynamic_shapes=shapes)
+    made = build(Source("linear", Path(), lambda: program), Profile(1, 4), LIBRARIES[0])
+    ((asked, options),) = calls
+    assert asked is program and made.data == b"engine"
+    assert options["kwarg_inputs"] == {
+        "x": {
+            "min_shape": (1, 3),
+            "opt_shape": (4, 3),
+            "max_shape": (4, 3),
+            "dtype": torch.float32,
+        },
+        "t": {"min_shape": (1,), "opt_shape": (4,), "max_shape": (4,), "dtype": torch.float16},
+    }
+    assert options["immutable_weights"] and options["hardware_compatible"]
+    assert made.about["library"] == "torch-tensorrt" and made.about["version"] == "10.15"
+
+
+# ---- the cache
+
+
+def test_engines_are_kept(source, tmp_path):
+    said, folder = [], tmp_path / "kept"
+    first = cache.engine(source, EVERY, RTX, folder=folder, say=said.append)
+    again = cache.engine(source, EVERY, RTX, folder=folder, say=said.append)
+    assert again.data == first.data and again.about["inputs"]["x"][0] == "float32"
+    assert [line.split(":")[0] for line in said] == [
+        "built the engine of `conv`",
+        "the engine of `conv` was built before",
+    ]
+    other = convolution(tmp_path / "b.onnx", 0.25)
+    cache.engine(other, EVERY, RTX, folder=folder, say=said.append)
+    cache.engine(source, Profile(1, 2), RTX, folder=folder, say=said.append)
+    assert len(list(folder.glob("*.engine"))) == 3 and len(list(folder.iterdir())) == 6
+
+
+def test_what_an_engine_is_found_by(source, tmp_path):
+    graph, weights = cache.hashes(source.onnx)
+    other = convolution(tmp_path / "b.onnx", 0.25).onnx
+    assert cache.hashes(other)[0] == graph and cache.hashes(other)[1] != weights
+    model = onnx.load(str(source.onnx))
+    model.graph.node[0].doc_string = "a place in a source"
+    onnx.save(model, str(other), save_as_external_data=True, size_threshold=0)
+    assert cache.hashes(other) == (graph, weights)
+    model.graph.node[1].attribute[0].ints[0] = 2
+    onnx.save(model, str(other))
+    assert cache.hashes(other)[0] != graph
+
+
+# ---- tokens without the packages of training
+
+ODD = [
+    "",
+    "a red apple",
+    "It's 2024, they'll've",
+    "GRÜẞE ΣΟΣ café 猫 😀",
+    "a\tb\n\x1cc_d-e",
+    "²½Ⅷ",
+    "''s",
+]
+
+
+def test_tokens_are_those_of_the_tokenizer():
+    encoder = clip(layers=1, width=16, heads=2, length=8)
+    (about,), data = package.encoders(encoder, ["a prompt of the run"])
+    ours = BytePairs(about, data[about["file"]])
+    assert ours.ids(ODD) == clip_tokenizer(say=list)(ODD, 8).tolist()
+    assert about["vocabulary"] == [] and list(words("don't go")) == ["don", "'t", "go"]
+
+
+def test_words_that_were_not_trained():
+    known = clip_tokenizer().used(["a red apple"])
+    encoder = clip(layers=1, width=16, heads=2, length=8, vocabulary=known)
+    (about,), data = package.encoders(encoder)
+    ours = BytePairs(about, data[about["file"]])
+    assert ours.ids(["a red apple"]) == encoder.ids(["a red apple"]).tolist()
+    with pytest.raises(UnknownWords, match="`blue`, `pear` never occurred in training"):
+        ours.ids(["a red apple", "a blue pear"])
+
+
+def test_encoders_that_a_file_carries():
+    labels, small = label(count=3, vocabulary=["cat", "dog"]), clip(layers=1, width=16, heads=2)
+    assert package.encoders(None) == ([], {})
+    about = {"kind": "labels", "classes": 3, "names": ["cat", "dog"], "field": "label"}
+    assert package.encoders(labels) == ([about], {})
+    abouts, data = package.encoders(Joined([small, t5(layers=1, width=16, heads=2, length=6)]))
+    assert [a["length"] for a in abouts] == [77, 6] and list(data) == ["text/0", "text/1"]
+
+
+def test_an_encoder_that_no_file_carries():
+    class Own(torch.nn.Module):
+        tokens = None
+
+    with pytest.raises(ExportError, match="has a tokenizer that the file cannot carry"):
+        package.encoders(Own())
+
+
+# ---- pictures
+
+
+def test_a_sheet_of_pictures(tmp_path):
+    pictures = np.arange(5 * 6 * 7 * 3, dtype=np.uint8).reshape(5, 6, 7, 3)
+    path = tmp_path / "a.png"
+    path.write_bytes(png(sheet(pictures), {"seed": "3", "prompts": '["é"]'}))
+    with Image.open(path) as image:
+        assert image.text == {"seed": "3", "prompts": '["é"]'}
+        pixels = np.asarray(image)
+    assert pixels.shape == (4 + 3 * 10, 4 + 2 * 11, 3)
+    assert (pixels[14:20, 15:22] == pictures[3]).all() and (pixels[24:, 15:] == 255).all()
+
+
+# ---- the walk from noise to data
+
+
+def untrained(solver: str, guidance: float = 2, device: str = "cpu", **parts) -> Opened:
+    """A run of the tiny spec that was never trained."""
+    text = tiny.spec(**parts).replace("ddim(steps = 2)", solver)
+    text = text.replace("guidance = 2", f"guidance = {guidance}")
+    bundle = compile_text("tiny", text)
+    spec = bundle.read()
+    objective, options = spec.objective(), block(spec, "sample")
+    parts = build_parts(objective, Known(), 0, device, size=64, sampling=True)
+    model = evaluate.Model(bundle, evaluate.programs(bundle, device), parts, parts.weights, 7)
+    wanted = {"precision": "fp16", "batch": (1, 8), "sizes": (), "library": ""}
+    target = Run("tensorrt", {**wanted, "portable": True, "refit": False}, {})
+    return Opened(model, objective, options, target, block(spec, "data"))
+
+
+class Eager:
+    """A piece as `Walk` calls an engine."""
+
+    def __init__(self, piece: Piece):
+        self.piece = piece
+
+    def __call__(self, *inputs):
+        made = self.piece.module(**dict(zip(self.piece.inputs, inputs, strict=True)))
+        return made if isinstance(made, tuple) else (made,)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("solver", "guidance", "unrolled"),
+    [
+        ("ddim(steps = 3)", 2, 8),
+        ("ddim(steps = 3, eta = 1)", 1, 8),
+        ("ddim(steps = 3, eta = 1)", 2, 0),
+        ("dpm_solver_pp(steps = 4)", 2, 0),
+        ("multistep(steps = 2)", 1, 8),
+    ],
+)
+def test_the_file_draws_what_sample_draws(solver, guidance, unrolled):
+    run, texts = untrained(solver, guidance), ["a red apple", "a tree", "two cats"]
+    made = pieces(run, "fp32", unrolled=unrolled)
+    table = json.loads(json.dumps(tabled(run)))
+    inputs = None if unrolled else list(made["step"].inputs)
+    walk = Walk(Eager(made["sampler" if unrolled else "step"]), table, inputs, run.shape, "cpu")
+    told = [made["text"].module(run.parts.text.ids(texts))]
+    told += [made["text"].module(run.parts.null_ids("cpu"))] * run.guided
+    latents = walk(run.sampling["seed"], torch.arange(3), told)
+    pictures = made["decode"].module(latents)
+    theirs = evaluate.sample(run.model, run.sampling, texts, 64)
+    assert torch.allclose(pictures, (theirs.clamp(-1, 1) + 1) / 2, atol=1e-5)
+    alone = walk(run.sampling["seed"], torch.tensor([2]), [told[0][2:], *told[1:]])
+    assert torch.allclose(alone[0], latents[2], atol=1e-5)
+
+
+# ---- the file
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The file of a run, and what was said when it was made."""
+    folder, said = tmp_path_factory.mktemp("file"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        run = untrained("dpm_solver_pp(steps = 9)", sample=', prompts = ["a red apple"]')
+        return tensorrt.export(run, folder / "emoji", said.append), said
+
+
+def test_the_file_holds_engines_and_a_loader(made):
+    file, said = made
+    with zipfile.ZipFile(file) as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+        names = archive.namelist()
+        sizes = {n: archive.getinfo(n).file_size for n in names if n.startswith("engines/")}
+        assert archive.read("engines/step-64.engine")[:4] == b"vtrt"
+    assert file.read_bytes().startswith(b"#!/usr/bin/env python3\n") and os.access(file, os.X_OK)
+    assert sorted(sizes) == [f"engines/{n}.engine" for n in ("decode-64", "step-64", "text")]
+    source = {n for n in names if n.endswith(".py") and not n.endswith("__init__.py")}
+    assert source == {"__main__.py", *(f"difftrain/{n}" for n in package.CARRIED)}
+    assert [e["piece"] for e in manifest["engines"]] == ["text", "step", "decode"]
+    step = manifest["engines"][1]
+    assert step["layers"]["convolution float16"] > 9 and "convolution float32" not in step["layers"]
+    assert step["inputs"]["x"] == ["float32", ["batch", 4, 8, 8]]
+    assert manifest["sizes"] == [64] and manifest["errors"]["latents"] < 1e-2
+    assert said[-1].startswith("ONNX files, as here is no GPU: relative errors against the run")
+
+
+def run_file(file: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The file, run in a process that does not see this checkout."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, str(file), *argv]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (["-o", "a.jpg"], 2, "`a.jpg` must end in .png or .npz"),
+        (
+            ["--size", "96"],
+            2,
+            "this file holds engines for a size of 64, not 96: export again with that size",
+        ),
+        (
+            ["--batch", "16"],
+            2,
+            "this file draws batches of 1 to 8, not 16: export again with `batch = 1..16`",
+        ),
+    ],
+)
+def test_what_the_file_refuses(made, tmp_path, argv, code, says):
+    done = run_file(made[0], *argv, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (code, f"error: {says}\n")
+
+
+def test_the_file_tells_about_itself(made, tmp_path):
+    done = run_file(made[0], "--inspect", cwd=tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["name"] == "tiny"
+
+
+def about(**changed) -> dict:
+    """What a manifest says of an engine."""
+    version = metadata.version("tensorrt-rtx")
+    return {"runtime": "tensorrt_rtx", "version": version, "gpu": "8.0 or later", **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"runtime": "tensorrt_none"}, "these engines run under tensorrt-none "),
+        ({"version": "1.3.0"}, "these engines were built by tensorrt-rtx 1.3.0, and here is "),
+    ],
+)
+def test_another_library(changed, says):
+    with pytest.raises(Refused, match=says) as problem:
+        runtime(about(**changed))
+    assert problem.value.code == 3
+
+
+@pytest.mark.parametrize(
+    ("built", "here", "says"),
+    [
+        ("8.0 or later", (7, 5), "compute capability 8.0 or later, and `T4` has 7.5"),
+        ("9.0", (8, 0), "compute capability 9.0, and `T4` has 8.0: export again on this machine"),
+        ("9.0", None, "compute capability 9.0, and here is none"),
+        ("8.0 or later", (9, 0), ""),
+        ("9.0", (9, 0), ""),
+    ],
+)
+def test_another_gpu(monkeypatch, built, here, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: here)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    with pytest.raises(Refused, match=says) if says else nullcontext():
+        gpu(about(gpu=built))
+
+
+def test_noise_of_another_law(tmp_path):
+    run = untrained("ddim(steps = 2)")
+    own = replace(run.model, programs=replace(run.model.programs, noise=object()))
+    with pytest.raises(ExportError, match="the noise of `tiny` has a law of its own"):
+        tensorrt.export(replace(run, model=own), tmp_path / "a")
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("solver", ["ddim(steps = 4)", "dpm_solver_pp(steps = 12)"])
+@pytest.mark.parametrize("portable", [True, False])
+def test_the_file_draws_as_the_run(tmp_path, monkeypatch, solver, portable):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run, said = untrained(solver, device="cuda"), []
+    run.target.values["portable"] = portable
+    file = tensorrt.export(run, tmp_path / "emoji", said.append)
+    assert said[-1].startswith("engines: relative errors against the run in fp32")
+    texts = ["a red apple", "a tree", "two cats"]
+    prompts = [word for text in texts for word in ("--prompt", text)]
+    done = run_file(file, *prompts, "--seed", "3", "-o", "a.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = np.load(tmp_path / "a.npz")["x"].astype(float)
+    options = replace(run.sampling, values={**run.sampling.values, "seed": 3})
+    theirs = evaluate.sample(run.model, options, texts, 64)
+    theirs = ((theirs.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    assert np.abs(ours - theirs).mean() < 2
+    alone = run_file(file, *prompts, "--seed", "3", "--batch", "1", "-o", "b.npz", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert np.abs(ours - np.load(tmp_path / "b.npz")["x"]).mean() < 2
+    outside = run_file(file, "--batch", "9", cwd=tmp_path)
+    assert outside.returncode == 2 and "draws batches of 1 to 8, not 9" in outside.stderr
+
+
+@pytest.mark.gpu
+def test_new_weights_by_refit(source, tmp_path):
+    said, folder = [], tmp_path / "kept"
+    profile = Profile(1, 8, refit=True)
+    cache.engine(source, profile, RTX, folder=folder, say=said.append)
+    other = convolution(tmp_path / "b.onnx", 0.25)
+    made = cache.engine(other, profile, RTX, folder=folder, say=said.append)
+    assert len(list(folder.glob("*.engine"))) == 1
+    assert said[-1].startswith(("gave the engine of `conv` new weights", "built the engine"))
+    x = torch.randn(2, 4, 8, 8, device="cuda")
+    kernel = torch.full((4, 4, 3, 3), 0.25, device="cuda")
+    expected = x + torch.nn.functional.conv2d(x, kernel, padding=1)
+    ours = Runner("conv", made.data, made.about)(x)[0]
+    assert torch.allclose(ours, expected, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_a_shape_outside_the_profile(source):
+    made = build(source, Profile(1, 4), RTX)
+    runner = Runner("conv", made.data, made.about)
+    with pytest.raises(Refused, match="takes `x` in batches of 1 to 4 as .* not .5, 4, 8, 8."):
+        runner(torch.zeros(5, 4, 8, 8, device="cuda"))
