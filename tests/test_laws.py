@@ -150,7 +150,7 @@ def test_importance_weighs_every_time_that_a_step_draws():
     near(values["loss"] * likely[0] * likely[1] / values["fit"], [1.0] * 64)
 
 
-@pytest.mark.parametrize("law", [(), (MOVED,)])
+@pytest.mark.parametrize("law", [(), ("importance(logit_normal(0, 2))",)])
 def test_importance_of_two_times_keeps_the_objective(law):
     """The mean of both times, which are uniform in the objective: 1 / 2 each."""
     objective = with_two_times(*law, "mean_flow(1)", more="loss = t + r + 0.000001 * fit")
@@ -201,6 +201,14 @@ def test_a_law_of_an_earlier_estimate_says_nothing_of_t():
     spec = spec_of(body("linear", "flow", "guess ~ noise(x0)"), backbone="custom(inputs = [guess])")
     assert draws(spec.objective().quantity("guess"))[0]["name"] == "guess"
     assert spec.objective().quantity("t")["law"] == "uniform"
+
+
+@pytest.mark.parametrize("t", [-1, 50])
+def test_a_given_index_outside_the_table_reads_no_other_entry(t):
+    objective = declare(body("ddpm(steps = 50)", "epsilon"))
+    given = {"x0": torch.ones(1, 1, 2, 2, dtype=torch.float64), "t": torch.tensor([t])}
+    with pytest.raises(IndexError):
+        objective.evaluate(("alpha",), given)
 
 
 def test_an_index_has_a_density_too():

@@ -127,6 +127,15 @@ def test_a_run_is_never_written_over(here, capsys):
     assert tiny.contents(folder / "runs" / "tiny") == first
 
 
+def test_a_run_of_no_steps_is_kept_as_well(here, capsys):
+    folder = here()
+    assert main(["train", "--steps", "0", "--out", "none"]) == 0
+    first = folder / "none" / "checkpoints" / "step-000000000.safetensors"
+    assert load_file(first)["turn"] == 0
+    code, said = told(capsys, "train", "--steps", "1", "--resume", str(first), "--out", "one")
+    assert code == 0 and f"resumed at step 0 from {first}" in said
+
+
 def test_settings_are_part_of_the_run(here):
     folder = here()
     assert main(["train", "--set", "train.steps=1", "--set", "drop_condition.rate=0.3"]) == 0

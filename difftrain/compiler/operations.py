@@ -66,8 +66,11 @@ def numel(x: Tensor) -> Tensor:
 
 
 def pick(table: Tensor, index: Tensor) -> Tensor:
-    """The entries of a table [N] at an index [B], or the one at a plain number."""
-    return table[index.long() if isinstance(index, Tensor) else int(index)]
+    """The entries of a table [N] at an index [B], or the one at a plain number. An index outside
+    is an error, a negative one as well."""
+    if not isinstance(index, Tensor):
+        return table[int(index)]
+    return table.index_select(0, index.long().reshape(-1)).reshape(index.shape)
 
 
 def smaller(a, b) -> Tensor:
