@@ -25,7 +25,7 @@ from difftrain.language.forms import clock
 from difftrain.language.term import is_const
 from difftrain.models.text import TextEncoder
 from difftrain.sampling import solvers
-from difftrain.training.evaluate import conditions
+from difftrain.training import evaluate
 
 TOLERANCE = 1e-3  # of relative errors, at every evaluation and of the last latents and pictures
 COUNT = 2  # samples that are compared
@@ -73,9 +73,9 @@ def _samples_bare(run: Opened) -> None:
     wrapped = [n for n, v in WRAPPED.items() if not is_const(derivation.read(n), v)]
     if derivation.read("c_noise") is not derivation.read(clock(objective.equations)):
         wrapped.append("c_noise")
-    interface = objective.backbone.interface
-    if len(interface.times) > 1:
-        raise ExportError(_no_pipeline(f"a network that is told `{interface.times[1]}` as well"))
+    further = [*objective.backbone.interface.times[1:], *getattr(student, "further", ())]
+    if further:
+        raise ExportError(_no_pipeline(f"a network that is told `{further[0]}` as well"))
     if run.guess:
         raise ExportError(_no_pipeline("a network that is shown its earlier estimate"))
     if wrapped:
@@ -85,11 +85,6 @@ def _samples_bare(run: Opened) -> None:
         )
     if run.model.programs.noise is not None:
         raise ExportError(_no_pipeline("noise that is not standard normal"))
-    if getattr(student, "time_scale", 1) != 1:
-        raise ExportError(
-            f"`time_scale = {student.time_scale:g}`, and the pipelines of diffusers tell this"
-            " network its times as they are: train it with `time_scale = 1`"
-        )
 
 
 def _no_pipeline(what: str) -> str:
@@ -99,6 +94,11 @@ def _no_pipeline(what: str) -> str:
 def _guidance(run: Opened) -> float:
     """The scale that a pipeline is called with."""
     scale, inside = run.guidance
+    for option, means in {"guide": "a weaker model", "guidance_interval": "an interval"}.items():
+        if run.sampling[option]:
+            raise ExportError(
+                f"`{option}`: the pipelines of diffusers have no guidance by {means}: leave it out"
+            )
     asked = run.sampling["guidance"]
     if run.parts.text is not None and not inside and scale < 1:
         raise ExportError(f"`guidance = {scale:g}`: diffusers has none below 1")
@@ -147,6 +147,8 @@ def _pixart(run: Opened, network: nn.Module) -> Made:
             "PixArt's pipeline hides padding from a T5 encoder with its own tokenizer: use"
             " `t5.encoder` with `weights`, and leave `padding = hidden`"
         )
+    if run.sampling["guidance_rescale"]:
+        raise ExportError("PixArt's pipeline rescales no guidance: leave `guidance_rescale` out")
     if network.use_additional_conditions:
         raise ExportError(_no_pipeline("a PixArt network that is told the sides of the picture"))
     pipe = PixArtSigmaPipeline(
@@ -173,14 +175,19 @@ NONE = {
 
 def _shared(run: Opened) -> dict[str, object]:
     """The scheduler, and the codec as pipelines of latents know it."""
-    codec = run.parts.codec
+    codec, scale = run.parts.codec, run.parts.modules["student"].time_scale
+    if scale != 1:
+        raise ExportError(
+            f"`time_scale = {scale:g}`, and the pipelines of diffusers tell this network its times"
+            " as they are: train it with `time_scale = 1`"
+        )
     if type(codec.model).__name__ != "AutoencoderKL":
         raise ExportError(
             "the pipelines of diffusers decode latents of an AutoencoderKL, and the codec is none:"
             " use `codec = sd.vae`"
         )
     return {
-        "scheduler": scheduler(run.bundle, run.objective, run.sampling["solver"]),
+        "scheduler": scheduler(run),
         "vae": saved.autoencoder(codec),
     }
 
@@ -201,7 +208,8 @@ def _called(run: Opened) -> dict[str, object]:
     """What a pipeline is called with."""
     eta = run.sampling["solver"].options.get("eta", 0)
     call = {"num_inference_steps": len(run.grid) - 1, "guidance_scale": _guidance(run)}
-    return {**call, **({"eta": eta} if eta else {})}
+    more = {"eta": float(eta), "guidance_rescale": float(run.sampling["guidance_rescale"])}
+    return {**call, **{name: value for name, value in more.items() if value}}
 
 
 def _facts(run: Opened) -> dict[str, str]:
@@ -264,14 +272,13 @@ def compare(run: Opened, folder: Path, made: Made) -> float:
 
 def _ours(run: Opened, prompts: list[str]) -> tuple[list[Tensor], Tensor]:
     """What the network is asked, and the latents at the end; noise comes from one generator."""
-    nets = run.parts.plan.bind(run.parts.modules, run.model.weights)
-    model = run.eager(*conditions(run.parts, nets, prompts), len(prompts))
-    generator = _generator(run)
+    index, generator = torch.arange(len(prompts), device=run.device), _generator(run)
+    model = evaluate.sampler(run.model, run.sampling, index, prompts)
 
     def law(like: Tensor, streams) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    draws = solvers.Draws(0, torch.arange(len(prompts)), law)
+    draws = solvers.Draws(0, index, law)
     like = torch.zeros(len(prompts), *run.shape, device=run.device)
     with _asked(run.parts.modules["student"]) as asked:
         x = run.walk(model, solvers.start(model, like, run.grid, draws), run.grid, draws)
@@ -312,7 +319,11 @@ def _apart(ours: Tensor, theirs: Tensor) -> float:
 
 def _prompts(run: Opened) -> list[str]:
     """COUNT prompts: those of the spec, or words that the encoder knows."""
-    text = run.parts.text
-    words = [word for word, ids in text.tokens.words(text.vocabulary) if len(ids) == 1]
-    own = list(run.sampling["prompts"]) or words or [WORD]
+    own = list(run.sampling["prompts"]) or _words(run.parts.text) or [WORD]
     return (own * COUNT)[:COUNT]
+
+
+def _words(text: TextEncoder) -> list[str]:
+    """The words that are tokens of an encoder whose table was cut to them."""
+    known = text.vocabulary
+    return [word for word, ids in text.tokens.words(known) if len(ids) == 1] if known else []

@@ -16,12 +16,24 @@ from difftrain.models.codec import Codec
 from difftrain.models.text import ALL_TOKENS, TextEncoder
 from difftrain.models.tokenizer import END, START
 
+# of a codec whose latents are moved by its convolutions
+BESIDE = {
+    **dict.fromkeys(("shift_factor", "latents_mean", "latents_std")),
+    **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), True),
+}
+
 
 def copied(module: nn.Module, **changes) -> nn.Module:
     """A module of diffusers with weights of its own, its configuration changed."""
-    fresh = type(module).from_config({**module.config, **changes})
-    fresh.load_state_dict(module.state_dict())
-    return fresh.eval()
+    made = _configured(module, **changes)
+    made.load_state_dict(module.state_dict())
+    return made.eval()
+
+
+def _configured(module: nn.Module, **changes) -> nn.Module:
+    """A random module with this configuration, changed."""
+    own = {name: value for name, value in module.config.items() if not name.startswith("_")}
+    return type(module)(**{**own, **changes})
 
 
 # ---- the codec
@@ -31,21 +43,12 @@ def autoencoder(codec: Codec) -> nn.Module:
     """The codec with one scaling factor and no shift, as most pipelines have it: what else its
     latents are moved by goes into the 1 x 1 convolutions beside them."""
     model = codec.model
+    factor = 1.0 if codec.scale.dim() else float(f"{codec.scale.item():.7g}")
     if not codec.scale.dim() and not codec.shift.any():
-        return copied(model, scaling_factor=codec.scale.item(), shift_factor=None)
-    factor = 1.0 if codec.scale.dim() else codec.scale.item()
-    made = type(model).from_config(
-        {
-            **model.config,
-            "scaling_factor": factor,
-            "shift_factor": None,
-            "latents_mean": None,
-            "latents_std": None,
-            "use_quant_conv": True,
-            "use_post_quant_conv": True,
-        }
-    )
-    weights = {**_identities(codec.channels), **model.state_dict()}
+        return copied(model, scaling_factor=factor, shift_factor=None)
+    made = _configured(model, **BESIDE, scaling_factor=factor)
+    own = {name: value.cpu() for name, value in model.state_dict().items()}
+    weights = {**_identities(codec.channels), **own}
     made.load_state_dict({**weights, **_moved(codec, factor, weights)})
     return made.eval()
 
@@ -59,17 +62,16 @@ def _identities(channels: int) -> dict[str, Tensor]:
 
 def _moved(codec: Codec, factor: float, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The convolutions around latents z that are then (z - shift) * scale / factor."""
-    flat = torch.zeros(codec.channels, device=codec.shift.device)
-    scale, shift = (flat + v.flatten() for v in (codec.scale / factor, codec.shift))
-    before, bias = weights["quant_conv.weight"], weights["quant_conv.bias"]
-    after = weights["post_quant_conv.weight"]
-    ones = torch.ones_like(scale)
+    flat = torch.zeros(codec.channels)
+    scale, shift = (flat + v.cpu().flatten() for v in (codec.scale / factor, codec.shift))
+    before, bias, after = (
+        weights[n] for n in ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight")
+    )
+    both = torch.cat([scale, torch.ones_like(scale)])  # of the mean, and of the log variance
+    mean, spread = bias.chunk(2)
     return {
-        "quant_conv.weight": before * torch.cat([scale, ones])[:, None, None, None],
-        # mean, and the logarithm of the variance
-        "quant_conv.bias": torch.cat([(m := bias.chunk(2))[0] - shift, m[1]])
-        * torch.cat([scale, ones])
-        + torch.cat([0 * scale, 2 * scale.log()]),
+        "quant_conv.weight": before * both[:, None, None, None],
+        "quant_conv.bias": torch.cat([(mean - shift) * scale, spread + 2 * scale.log()]),
         "post_quant_conv.weight": after / scale[None, :, None, None],
         "post_quant_conv.bias": weights["post_quant_conv.bias"] + after[:, :, 0, 0] @ shift,
     }

@@ -9,22 +9,16 @@ import torch
 from torch import Tensor
 
 from difftrain.export.errors import ExportError
+from difftrain.export.opened import Opened
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective
 from difftrain.models.pretrained import PREDICTIONS
 from difftrain.sampling import grids
-from difftrain.sampling.model import Levels
-from difftrain.training.bundle import Bundle
 
+DPM = "DPMSolverMultistepScheduler"
 THEIRS = {ours: theirs for theirs, ours in PREDICTIONS.items()}
 SPACINGS = {"trailing": "trailing", "leading": "leading", "uniform": "linspace"}
-# A solver, and what makes the same moves: the first that goes through the same times is taken.
-# DDIM's own scheduler moves by whole strides; of order 1 the other one is the same without noise.
-MOVES = {
-    "ddim": (("DDIMScheduler", {}), ("DPMSolverMultistepScheduler", {"solver_order": 1})),
-    "dpm_solver_pp": (("DPMSolverMultistepScheduler", {"solver_order": 2}),),
-    "multistep": (("LCMScheduler", {}),),
-}
+TRAINED = "original_inference_steps"  # how many of the times were trained
 PLAIN = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1}
 CLOSE = {"rtol": 1e-4, "atol": 2e-6}  # of alpha^2: diffusers keeps it in float32
 POWERS = {"linear": 1, "scaled_linear": 2}  # betas are even in their root of this order
@@ -32,44 +26,50 @@ HALVINGS = 60
 NOTHING = 1e-12
 
 
-def scheduler(bundle: Bundle, objective: Objective, solver: Part):
+def scheduler(run: Opened):
     """The scheduler with the levels of the process, that walks as the solver does. Raises
     ExportError."""
-    if solver.module not in MOVES:
-        known = ", ".join(f"`{name}`" for name in MOVES)
-        raise ExportError(
-            f"no scheduler of diffusers makes the moves of `{solver.module}`: use one of {known}"
-        )
-    made = bundle.module("levels.py")
-    levels = Levels(made.compute, made.tables())
-    config = {**PLAIN, **_process(bundle, levels), "prediction_type": _prediction(objective)}
-    grid = grids.grid(tuple(bundle.manifest["time"]), solver.options, levels).tolist()
-    config["timestep_spacing"] = SPACINGS[grids.chosen(bundle.manifest["time"], solver.options)]
-    for found in _candidates(config, solver):
-        if _times(found, len(grid) - 1) == grid:
-            return found
-    count = config["num_train_timesteps"]
+    import diffusers
+
+    solver, grid = run.sampling["solver"], run.grid.tolist()
+    config = {**PLAIN, **_process(run), "prediction_type": _prediction(run.objective)}
+    config["timestep_spacing"] = SPACINGS[grids.chosen(run.bundle.manifest["time"], solver.options)]
+    for name, more in _moves(solver, config):
+        kind, whole = getattr(diffusers, name), {**config, **more}
+        made = kind(**{k: v for k, v in whole.items() if k in signature(kind).parameters})
+        if _times(made, len(grid) - 1) == grid:
+            return made
     raise ExportError(
         f"no scheduler of diffusers goes through the times of `{solver.module}` in"
-        f" {len(grid) - 1} steps: use `grid = trailing`, and a number of steps that divides {count}"
+        f" {len(grid) - 1} steps: use `grid = trailing`, and a number of steps that divides"
+        f" {config['num_train_timesteps']}"
     )
 
 
-def _candidates(config: Mapping, solver: Part) -> Iterator:
-    import diffusers
-
-    noisy, zero = solver.options.get("eta", 0) > 0, config["rescale_betas_zero_snr"]
-    for name, more in MOVES[solver.module]:
-        order = more.get("solver_order", 0)
-        if order == 2 and zero:
+def _moves(solver: Part, config: Mapping) -> Iterator[tuple[str, dict[str, object]]]:
+    """The schedulers that make the moves of a solver, if they go through its times."""
+    count, options = config["num_train_timesteps"], solver.options
+    match solver.module, options.get("eta", options.get("scale", options.get("variance"))):
+        case "ddim", eta:
+            yield "DDIMScheduler", {}
+            yield from {0: [(DPM, {"solver_order": 1})], 1: [("DDPMScheduler", {})]}.get(eta, [])
+        case "ancestral", "small":
+            yield "DDPMScheduler", {}
+        case "dpm_solver_pp", 0 | 1 | None as scale:
+            if config["rescale_betas_zero_snr"]:
+                raise ExportError(
+                    "diffusers has no second order step from a last level without signal, which"
+                    " `dpm_solver_pp` takes here: use `ddim`"
+                )
+            yield DPM, {"solver_order": 2, "algorithm_type": "sde-" * bool(scale) + "dpmsolver++"}
+        case "multistep", _:
+            parts = (n for n in range(count, 0, -1) if count % n == 0)
+            yield from (("LCMScheduler", {TRAINED: n}) for n in parts)
+        case name, _:
             raise ExportError(
-                "diffusers has no second order step from a last level without signal, which"
-                f" `{solver.module}` takes here: use `ddim`"
+                f"no scheduler of diffusers makes the moves of `{name}` as it is asked for here:"
+                " use `ddim`, `dpm_solver_pp` or `multistep`"
             )
-        if not (noisy and order):
-            whole = {**config, **more, "original_inference_steps": config["num_train_timesteps"]}
-            kind = getattr(diffusers, name)
-            yield kind(**{k: v for k, v in whole.items() if k in signature(kind).parameters})
 
 
 def _times(scheduler, steps: int) -> list[int]:
@@ -79,7 +79,7 @@ def _times(scheduler, steps: int) -> list[int]:
     except ValueError:  # more steps than it has times
         return []
     times = scheduler.timesteps.tolist()
-    if type(scheduler).__name__ != "DDIMScheduler":
+    if type(scheduler).__name__ != "DDIMScheduler":  # that one moves by whole strides
         return [*times, -1]
     stride = scheduler.config.num_train_timesteps // steps
     moved = [max(-1, t - stride) for t in times]
@@ -100,16 +100,16 @@ def _prediction(objective: Objective) -> str:
     return THEIRS[name]
 
 
-def _process(bundle: Bundle, levels: Levels) -> dict[str, object]:
+def _process(run: Opened) -> dict[str, object]:
     """How a scheduler is told the levels of the process."""
-    kind, _, count = bundle.manifest["time"]
+    kind, _, count = run.bundle.manifest["time"]
     if kind != "index":
         raise ExportError(
             "the process has continuous times, and the pipelines of diffusers for this network go"
             " through whole steps: train on a process that is a table of steps"
         )
     index = torch.arange(int(count))
-    kept, noise = levels.alpha(index) ** 2, levels.sigma(index) ** 2
+    kept, noise = run.levels.alpha(index) ** 2, run.levels.sigma(index) ** 2
     if not torch.allclose(kept + noise, torch.ones_like(kept)):
         raise ExportError(
             "the schedulers of diffusers keep alpha^2 + sigma^2 at 1, and this process does not:"
