@@ -192,6 +192,23 @@ COMMANDS: dict[str, Command] = {
             arg("-o", "--output", metavar="FILE", help="a PNG; the run's name if not said"),
         ),
     ),
+    "export": Command(
+        "export:export",
+        "write a trained model as files that sample without difftrain",
+        (
+            arg("run", metavar="RUN", help="the folder of a run, or a checkpoint"),
+            arg(
+                "--to",
+                type=_one_of("target", "onnx", "pt2", "tensorrt", "diffusers"),
+                required=True,
+                metavar="TARGET",
+                help="onnx, pt2, tensorrt or diffusers",
+            ),
+            arg("--weights", metavar="FILE", help="others than the newest, as `ema` wrote them"),
+            SET,
+            arg("-o", "--output", metavar="PATH", help="the run's name and the target if not said"),
+        ),
+    ),
     "ema": Command(
         "run:ema",
         "make averaged weights of another width from a run's snapshots",

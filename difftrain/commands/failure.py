@@ -6,6 +6,8 @@ CLEAN, FINDINGS, USAGE, ABSENT, FAILED, BUG = 0, 1, 2, 3, 4, 70
 
 # The errors that other stages raise with a sentence of their own.
 TOLD = {
+    "difftrain.export.errors.ExportError": USAGE,
+    "difftrain.export.errors.Parted": FAILED,
     "difftrain.training.sources.DataError": FAILED,
     "difftrain.models.errors.PartError": USAGE,
     "difftrain.importers.config.ConfigError": USAGE,

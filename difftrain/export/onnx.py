@@ -24,7 +24,7 @@ ALONE = 1 << 30  # bytes of weights in the file itself, at most: protobuf ends a
 def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> Path:
     """Writes text.onnx, backbone.onnx, sampler.onnx or step.onnx, decode.onnx and manifest.json.
     Raises ExportError, and leaves nothing then."""
-    precision, batch = run.target["precision"], run.target["batch"]
+    precision, batch = run.target["precision"], run.batch
     with manifest.staged(folder) as beside:
         made = pieces(run, precision)
         files = write(made, beside, batch)

@@ -22,7 +22,7 @@ from difftrain.training.bundle import ARRAYS, GUESS, Bundle, block
 from difftrain.training.folder import open_run
 from difftrain.training.own import importable
 from difftrain.training.parts import Parts
-from difftrain.training.samples import fits, open_model
+from difftrain.training.samples import file_of, fits, open_model
 
 BLOCKS = ("sample", "data", "export")
 
@@ -49,6 +49,12 @@ class Opened:
     @property
     def device(self) -> torch.device:
         return self.model.weights.device
+
+    @property
+    def batch(self) -> tuple[int, int]:
+        """How many samples at a time: from, to."""
+        sizes = self.target["batch"]
+        return sizes if isinstance(sizes, tuple) else (sizes, sizes)
 
     @property
     def arrays(self) -> bool:
@@ -118,6 +124,7 @@ def opened(
     """A run, or a checkpoint in one, opened for a target; Python parts of its own can be imported
     meanwhile."""
     bundle, checkpoint = open_run(run)
+    checkpoint = file_of(weights) if weights else checkpoint
     spec = bundle.read(settings, BLOCKS)
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
     fits(bundle, options["solver"])

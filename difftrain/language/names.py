@@ -18,6 +18,7 @@ from difftrain.shipped import folder
 LIBRARY_KINDS = ("process", "prediction", "strategy", "backbone", "encoder", "codec", "solver")
 OPTION_KINDS = ("options", "source", "optimizer")  # in the library alone
 RUN_KINDS = ("data", "train", "sample", "export")
+TARGETS = ("onnx", "pt2", "tensorrt")  # blocks in `export`
 KINDS = (*LIBRARY_KINDS, "objective", *RUN_KINDS)
 
 

@@ -1,4 +1,5 @@
-"""The options of a run: what `data`, `train` and `sample` may say (`specs/std/run.diff`)."""
+"""The options of a run: what `data`, `train`, `sample` and the targets of `export` may say
+(`specs/std/run.diff`)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 from difftrain.language.derive import Derivation
 from difftrain.language.finding import Finding, Fix, Label
-from difftrain.language.names import Names, standard
+from difftrain.language.names import TARGETS, Names, standard
 from difftrain.language.nearest import nearest
 from difftrain.language.scope import Equations, Scope
 from difftrain.language.term import Term
@@ -79,6 +80,30 @@ def read_run(block: Block, names: Names, found: list[Finding]) -> Run:
     return Run(block.kind, values, written, block.head)
 
 
+def read_targets(block: Block, names: Names, runs: dict[str, Run], found: list[Finding]) -> None:
+    """Adds the options of every target in an `export` block to `runs`."""
+    for node in block.body:
+        if not isinstance(node, Block):
+            found.append(_no_target(node))
+        elif node.kind not in TARGETS:
+            found.append(_not_read(node))
+        elif node.kind in runs:
+            found.append(second_run(node, runs[node.kind]))
+        else:
+            runs[node.kind] = read_run(node, names, found)
+
+
+def second_run(block: Block, first: Run) -> Finding:
+    return Finding(
+        "DIF145",
+        f"there are two `{block.kind}` blocks",
+        Label(block.head),
+        (Label(first.span, "the first one"),),
+        because="it would not be clear which of the two counts",
+        help="write all options into one of them",
+    )
+
+
 def _read(name: str, expr: Expr, scope: Scope, formal: Formal, found: list[Finding]):
     _check_unit(expr, formal, found)
     if name in FUNCTIONS_OF_STEP and isinstance(expr, ListOf):
@@ -123,6 +148,13 @@ def _unknown(node: Define, kind: str, known: list[str]) -> Finding:
 def _no_option(node, kind: str) -> Finding:
     text = f"`{kind}` holds options, and this is none"
     return Finding("DIF141", text, Label(node.span), help="write `option = value`")
+
+
+def _no_target(node) -> Finding:
+    listed = ", ".join(f"`{name}`" for name in TARGETS)
+    text = "`export` holds targets, and this is none"
+    hint = f"write one of {listed} and its options in braces"
+    return Finding("DIF141", text, Label(node.span), help=hint)
 
 
 def _not_read(block: Block) -> Finding:

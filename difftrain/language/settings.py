@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from difftrain.language.finding import Finding, Label
-from difftrain.language.names import Definition, Names, collect
+from difftrain.language.names import TARGETS, Definition, Names, collect
 from difftrain.language.nearest import nearest
 from difftrain.language.options import schema
 from difftrain.language.scope import formals
@@ -120,6 +120,8 @@ class _Places:
                 return Place(node.default, lambda e, n=node: self._with(n, replace(n, default=e)))
         if first in RUNS and rest and rest[0] in schema(first):
             return self._option(first, rest[0], rest[1:])
+        if first == "export" and len(rest) > 1 and rest[1] in _options(rest[0]):
+            return self._target(*rest[:2], rest[2:])
         objectives = [n for n in self.tree.body if isinstance(n, Block) and n.kind == "objective"]
         for block in objectives:
             if block.name == first and rest:
@@ -141,6 +143,22 @@ class _Places:
             return replace(self.tree, body=(*self.tree.body, new))
 
         return self._inside(default, rest, put)
+
+    def _target(self, kind: str, name: str, rest: list[str]) -> Place | None:
+        """An option of a target in `export`; whatever is missing on the way is added."""
+        export = _first(self.tree.body, "export")
+        block = _first(export.body, kind) if export else None
+        nodes = [n for n in (block.body if block else ()) if isinstance(n, Define)]
+        node = next((n for n in nodes if n.name == name), None)
+
+        def put(expr: Expr) -> Tree:
+            new = Define(name, None, expr, expr.span, expr.span)
+            inner = _with(block, kind, node, new, expr.span)
+            outer = _with(export, "export", block, inner, expr.span)
+            kept = [n for n in self.tree.body if n is not export]
+            return replace(self.tree, body=(*kept, outer))
+
+        return self._inside(node.value if node else schema(kind)[name][0].default, rest, put)
 
     def _in_objective(self, block: Block, path: list[str]) -> Place | None:
         first, *rest = path
@@ -213,6 +231,22 @@ class _Places:
         return next((d for d in found if d is not None), None)
 
 
+def _options(target: str):
+    """The options of a target of `export`; of anything else none."""
+    return schema(target) if target in TARGETS else {}
+
+
+def _first(body: tuple, kind: str) -> Block | None:
+    return next((n for n in body if isinstance(n, Block) and n.kind == kind), None)
+
+
+def _with(block: Block | None, kind: str, old, new, span: Span) -> Block:
+    """A block with a new statement in the place of an old one; both may be missing."""
+    if block is None:
+        return Block(kind, None, (), None, (new,), span, span)
+    return replace(block, body=(*(n for n in block.body if n is not old), new))
+
+
 def _has(definition: Definition | None, name: str) -> bool:
     return definition is not None and name in formals(definition)
 
@@ -243,6 +277,7 @@ def _known(tree: Tree) -> list[str]:
     """The places that a setting could name without going into arguments."""
     params = [n.name for n in tree.body if isinstance(n, Param)]
     options = [f"{kind}.{name}" for kind in RUNS for name in schema(kind)]
+    options += [f"export.{kind}.{name}" for kind in TARGETS for name in schema(kind)]
     blocks = [n for n in tree.body if isinstance(n, Block) and n.kind == "objective"]
     slots = [*SLOTS, "backbone"]
     inner = [

@@ -14,7 +14,7 @@ from difftrain.language.laws import on_time
 from difftrain.language.layers import add_statements, add_use
 from difftrain.language.names import RUN_KINDS, Names, collect, is_library, standard
 from difftrain.language.nearest import nearest
-from difftrain.language.options import Run, read_run
+from difftrain.language.options import Run, read_run, read_targets, second_run
 from difftrain.language.part import Interface, Part
 from difftrain.language.scope import (
     GIVEN,
@@ -129,22 +129,13 @@ def build(tree: Tree, names: Names, found: list[Finding]) -> Spec:
             continue
         if node.kind == "objective":
             objectives[node.name or ""] = build_objective(node, names, found)
+        elif node.kind == "export":
+            read_targets(node, names, runs, found)
         elif node.kind in runs:
-            found.append(_second_run(node, runs[node.kind]))
+            found.append(second_run(node, runs[node.kind]))
         elif node.kind in RUN_KINDS:
             runs[node.kind] = read_run(node, names, found)
     return Spec(tree.source.path, tree, names, objectives, runs)
-
-
-def _second_run(block: Block, first: Run) -> Finding:
-    return Finding(
-        "DIF145",
-        f"there are two `{block.kind}` blocks",
-        Label(block.head),
-        (Label(first.span, "the first one"),),
-        because="it would not be clear which of the two counts",
-        help="write all options into one of them",
-    )
 
 
 def build_objective(block: Block, names: Names, found: list[Finding]) -> Objective:
@@ -300,7 +291,7 @@ def _quantities(use: Use, value, found: list[Finding]) -> tuple[str, ...]:
     """The names of quantities in an option that lists them."""
     items = value if isinstance(value, tuple) else () if value is None else (value,)
     for item in items:
-        if not isinstance(item, str):
+        if item is not None and not isinstance(item, str):
             text = f"`{item}` is not a quantity that a network could be given"
             found.append(Finding("DIF213", text, Label(use.call.span), help="name a quantity"))
     return tuple(i for i in items if isinstance(i, str))

@@ -125,7 +125,10 @@ def _number(expr: Expr, scope: Scope, equations: Equations, found: list[Finding]
 
 
 def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> None:
-    """A finding where the value is outside what the parameter may be."""
+    """A finding where the value is outside what the parameter may be; of a range, either end."""
+    if isinstance(expr, Interval) and isinstance(formal.domain, Interval):
+        _check_ends(formal, expr, value, found)
+        return
     domain = _fitting(formal.domain, value)
     if domain is None or value is None:
         return
@@ -143,6 +146,15 @@ def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> Non
         low, high = (plain(e) for e in (domain.low, domain.high))
         if None not in (low, high) and low <= high and not low <= value <= high:
             found.append(_outside(formal.name, expr, value, domain))
+
+
+def _check_ends(formal: Formal, expr: Interval, ends: tuple, found: list[Finding]) -> None:
+    low, high = ends
+    if None not in ends and low > high:
+        text = f"`{formal.name}` cannot run from {low:g} up to {high:g}"
+        found.append(Finding("DIF132", text, Label(expr.span), help="write the smaller one first"))
+    for end, value in ((expr.low, low), (expr.high, high)):
+        check_domain(formal, end, value, found)
 
 
 def _fitting(domain: Expr | None, value) -> Expr | None:

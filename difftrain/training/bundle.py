@@ -34,6 +34,7 @@ from difftrain.language.forms import clock
 from difftrain.language.guidance import own_guidance
 from difftrain.language.horizon import horizon
 from difftrain.language.meaning import gaussian
+from difftrain.language.names import TARGETS
 from difftrain.language.numbers import draws
 from difftrain.language.options import Run, decays, defaults
 from difftrain.language.part import Part
@@ -53,6 +54,7 @@ RUNTIME = {  # what may be set without compiling again
         "steps", "device", "compile", "resume_from", "start_from", "teacher", "seed", "keep",
         "save_every", "sample_every", "snapshots_every", "log_every",
     ),
+    "export": TARGETS,
     "sample": (
         "solver", "guidance", "guidance_interval", "guidance_rescale", "guide", "prompts", "count",
         "seed",

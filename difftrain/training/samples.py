@@ -47,9 +47,10 @@ def sample(
 ) -> Path:
     """What is drawn from the averaged weights of a run, or of a checkpoint in it, or of the file
     `weights`: a grid of pictures, or the arrays. Each picture also lies in a folder beside the
-    grid, or all of them in the file that `save` names; a grid has the first."""
+    grid, or all of them in the file that `save` names; a grid has the first. `tell` is for a table
+    of scores, and `inception` a file of weights for one of them."""
     bundle, checkpoint = open_run(run)
-    checkpoint = _file(weights) if weights else checkpoint
+    checkpoint = file_of(weights) if weights else checkpoint
     spec = bundle.read(settings, ("sample", "data"))
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
     fits(bundle, options["solver"])
@@ -64,10 +65,14 @@ def sample(
         texts = list(islice(cycle(texts), count)) if count else texts
         path = Path(out or f"{bundle.name}{ending(data)}")
         place = Path(save) if save else path.with_name(f"{path.stem}-pictures")
-        return draw(model, options, data["size"], texts, path, place)
+        made, settings = make(model, options, data["size"], texts)
+    write(made, settings, texts, path, place)
+    if tell:
+        tell(scores.table(made, texts, data, read, inception))
+    return path
 
 
-def _file(weights: str) -> Path:
+def file_of(weights: str) -> Path:
     if not Path(weights).is_file():
         raise FolderError(
             f"there is no file `{weights}`: give a checkpoint, or one that `difftrain ema` wrote"

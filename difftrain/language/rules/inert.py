@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difftrain.language.finding import Finding, Label
-from difftrain.language.names import Definition
+from difftrain.language.names import RUN_KINDS, Definition
 from difftrain.language.references import paths, references
 from difftrain.language.rules.case import Case, inside, name_span
 from difftrain.language.rules.loss import discarded
@@ -137,7 +137,7 @@ def definitions(spec: Spec, found: list[Finding]) -> None:
 def _reached(spec: Spec) -> set[Definition]:
     """The definitions that objectives and options name, directly or through each other."""
     tops = [n for n in spec.tree.body if isinstance(n, Block)]
-    tops = [n for n in tops if n.kind == "objective" or n.kind in spec.runs]
+    tops = [n for n in tops if n.kind in ("objective", *RUN_KINDS)]
     reached: set[Definition] = set()
     stack = [d for n in tops for d in references(n, spec.names)]
     while stack:
