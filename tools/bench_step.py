@@ -77,7 +77,8 @@ def chosen(name: str, only: str, tiny: bool) -> Row:
     row = ROWS[kind]
     wanted = tuple(c for c in row.contenders if re.search(only, c.label))
     size = int(batch) if batch else TINY_BATCH if tiny else row.batch
-    return replace(row, batch=size, contenders=wanted)
+    title = f"tiny {row.title}" if tiny else row.title
+    return replace(row, title=title, batch=size, contenders=wanted)
 
 
 # ---- measuring
