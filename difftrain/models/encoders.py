@@ -9,8 +9,10 @@ from torch import nn
 from difftrain.models.errors import PartError
 from difftrain.models.loading import load
 from difftrain.models.pieces import pieces
-from difftrain.models.text import TextEncoder, divisible, frozen, rows
-from difftrain.models.tokenizer import END, clip_tokenizer
+from difftrain.models.text import TextEncoder, divisible, frozen, positioned, rows, sizes, small
+from difftrain.models.tokenizer import END
+
+UNMARKED = {"bos_token_id": None, "eos_token_id": None}  # of models that pool nothing at a mark
 
 
 def t5(
@@ -52,7 +54,7 @@ def t5(
         dropout_rate=0.0,
     )
     model = _plain(T5EncoderModel(config))
-    return _small(model, width, length, vocabulary, END if hidden else None)
+    return small(model, width, length, vocabulary, padding=END if hidden else None)
 
 
 def _plain(model: nn.Module) -> nn.Module:
@@ -80,21 +82,10 @@ def siglip(
 
     if weights:
         model = frozen(_headless(load(SiglipTextModel, weights, "text_encoder")), train)
-        most, wide = model.config.max_position_embeddings, model.config.hidden_size
-        tokens = pieces(weights, "tokenizer")
-        return TextEncoder(model, tokens, width=wide, length=min(length, most))
-    divisible(width, heads)
-    config = SiglipTextConfig(
-        vocab_size=rows(vocabulary),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=length,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return _small(_headless(SiglipTextModel(config)), width, length, vocabulary, None)
+        return positioned(model, pieces(weights, "tokenizer"), length)
+    shape = {**sizes(layers, width, heads, vocabulary), "max_position_embeddings": length}
+    config = SiglipTextConfig(**shape, **UNMARKED)
+    return small(_headless(SiglipTextModel(config)), width, length, vocabulary)
 
 
 def _headless(model: nn.Module) -> nn.Module:
@@ -124,8 +115,9 @@ def qwen(
     if not weights:
         if template:
             raise PartError("a random text encoder knows no `template`: leave it out")
-        model = _qwen(layers, width, heads, rows(vocabulary))
-        return _small(model, width, length, vocabulary, END, causal=True)
+        # rotary positions turn pairs of time, height and width
+        model = _qwen(sizes(layers, width, heads, vocabulary, multiple=4))
+        return small(model, width, length, vocabulary, padding=END, causal=True)
     tokens = pieces(weights, "tokenizer", after)
     model = frozen(_language(weights), train)
     return TextEncoder(
@@ -155,20 +147,15 @@ def _language(weights: str) -> nn.Module:
     return model
 
 
-def _qwen(layers: int, width: int, heads: int, count: int) -> nn.Module:
+def _qwen(shape: dict[str, int]) -> nn.Module:
     from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
-    divisible(width, 4 * heads)  # rotary positions turn pairs of time, height and width
-    half = width // heads // 2
+    heads = shape["num_attention_heads"]
+    half = shape["hidden_size"] // heads // 2
     config = Qwen2_5_VLTextConfig(
-        vocab_size=count,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        **shape,
+        **UNMARKED,
         num_key_value_heads=heads,
-        bos_token_id=None,
-        eos_token_id=None,
         use_cache=False,
         rope_parameters={"rope_type": "default", "mrope_section": _sections(half)},
     )
@@ -179,21 +166,6 @@ def _sections(half: int) -> list[int]:
     """How many rotary pairs time, height and width get: a quarter and the rest, as published."""
     side = half * 3 // 8
     return [half - 2 * side, side, side]
-
-
-def _small(
-    model, width: int, length: int, vocabulary, padding: int | None, causal: bool = False
-) -> TextEncoder:
-    """A random model that reads the package's own tokens, its table cut to `vocabulary`."""
-    return TextEncoder(
-        model,
-        clip_tokenizer(),
-        width=width,
-        length=length,
-        vocabulary=vocabulary,
-        padding=padding,
-        causal=causal,
-    )
 
 
 def _numbered(sub: str, place: int) -> str:

@@ -128,37 +128,47 @@ def clip(
 
     The small one's token table is cut to `vocabulary`, the ids in use, where that is given.
     """
-    tokens = clip_tokenizer(weights)
-    if not weights:
-        model = _small(layers, width, heads, length, rows(vocabulary))
-        return TextEncoder(model, tokens, width=width, length=length, vocabulary=vocabulary)
-    model = _pretrained(weights, train)
-    most = model.config.max_position_embeddings
-    return TextEncoder(model, tokens, width=model.config.hidden_size, length=min(length, most))
-
-
-def _small(layers: int, width: int, heads: int, length: int, count: int) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    divisible(width, heads)
+    if weights:
+        model = frozen(load(CLIPTextModel, weights, "text_encoder"), train)
+        return positioned(model, clip_tokenizer(weights), length)
+    count = rows(vocabulary)
+    marks = {"bos_token_id": count - 2, "eos_token_id": count - 1, "pad_token_id": count - 1}
     config = CLIPTextConfig(
-        vocab_size=count,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=length,
-        bos_token_id=count - 2,
-        eos_token_id=count - 1,
-        pad_token_id=count - 1,
+        **sizes(layers, width, heads, vocabulary), **marks, max_position_embeddings=length
     )
-    return CLIPTextModel(config)
+    return small(CLIPTextModel(config), width, length, vocabulary)
 
 
-def _pretrained(weights: str, train: bool) -> nn.Module:
-    from transformers import CLIPTextModel
+def sizes(
+    layers: int, width: int, heads: int, vocabulary: Sequence[int], multiple: int = 1
+) -> dict[str, int]:
+    """What the configuration of a small transformer says of its sizes; the width is a multiple of
+    `multiple` times the heads."""
+    divisible(width, multiple * heads)
+    return {
+        "vocab_size": rows(vocabulary),
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
 
-    return frozen(load(CLIPTextModel, weights, "text_encoder"), train)
+
+def small(
+    model: nn.Module, width: int, length: int, vocabulary: Sequence[int], **more
+) -> TextEncoder:
+    """The encoder around a random model that reads the package's own tokens, its table cut to
+    `vocabulary`."""
+    own = clip_tokenizer()
+    return TextEncoder(model, own, width=width, length=length, vocabulary=vocabulary, **more)
+
+
+def positioned(model: nn.Module, tokens: Callable, length: int) -> TextEncoder:
+    """The encoder around a pretrained model, no longer than it has positions for."""
+    most, width = model.config.max_position_embeddings, model.config.hidden_size
+    return TextEncoder(model, tokens, width=width, length=min(length, most))
 
 
 def frozen(model: nn.Module, train: bool) -> nn.Module:
