@@ -229,6 +229,88 @@ def test_where_t_may_go(process, law, codes):
     assert said(process, prediction, law) == codes
 
 
+NO_VALUE = [
+    ("(snr - 2)^0.5 * mse(pred, target)", ["DIF220"]),
+    ("log(snr - 2) * mse(pred, target)", ["DIF220"]),
+    ("mean(sqrt(t - 0.5) * (pred - target)^2)", ["DIF220"]),
+    ("mean((pred - target)^1.5)", ["DIF220"]),
+    ("mean(acos(2 * t) * (pred - target)^2)", ["DIF220"]),
+    ("(if t > 0.5 then sqrt(t - 0.5) else 0) * mse(pred, target)", []),
+    ("max(snr - 2, 0)^0.5 * mse(pred, target)", []),
+    ("mean(abs(pred - target)^1.5)", []),
+    ("mean((pred - target)^3)", []),
+    ("sqrt(sse(pred, target))", []),
+    ("acos(cosine(x0, xt)) * (pred - target)^2", ["DIF207"]),
+]
+
+
+@pytest.mark.parametrize(("fit", "codes"), NO_VALUE)
+def test_roots_and_logarithms_of_what_may_be_negative(fit, codes):
+    assert said("linear", "flow", f"loss = {fit}") == codes
+
+
+@pytest.mark.parametrize(
+    ("index", "codes"),
+    [
+        ("t - 1", ["DIF221"]),
+        ("t + 1", ["DIF221"]),
+        ("1000", ["DIF221"]),
+        ("999", []),
+        ("max(t - 1, 0)", []),
+        ("min(t + 0.5, 999)", []),
+        ("step", []),
+    ],
+)
+def test_entries_of_tables(index, codes):
+    assert said("ddpm", "epsilon", f"loss = alpha(t = {index}) * fit") == codes
+
+
+@pytest.mark.parametrize(
+    ("process", "codes"),
+    [
+        ("discrete(linear, steps = 1, spacing = even)", ["DIF220"]),
+        ("discrete(linear, steps = 2, spacing = even)", []),
+        ("discrete(linear, steps = 1)", []),
+        ("ve(low = 50, high = 0.01)", ["DIF205"]),
+        ("ddpm(beta = linear(0.02, 2))", ["DIF220"]),
+    ],
+)
+def test_paths_without_a_value(process, codes):
+    prediction = "flow" if "discrete" in process else "epsilon"
+    assert said(process, prediction) == codes
+
+
+@pytest.mark.parametrize("noise", ["eps ~ uniform(0, 1)", "eps = 3", "eps ~ bernoulli(0.5)"])
+def test_noise_has_the_shape_of_the_data(noise):
+    assert said("linear", "flow", noise) == ["DIF121"]
+
+
+ONE_CAUSE = {
+    "strategy = drop_condition(10)": "DIF130",
+    "strategy = edm_precondition(data = 0)": "DIF130",
+    "strategy = meanflow\n  times = 2": "DIF119",
+    "strategy = [sct, scd]": "DIF120",
+}
+
+
+@pytest.mark.parametrize(("line", "code"), ONE_CAUSE.items())
+def test_one_cause_is_one_finding(line, code):
+    assert [c for c in said("linear", "flow", line) if c != "DIF304"] == [code]
+
+
+def test_a_base_is_applied_once_however_it_comes():
+    assert said("trig", "flow", "strategy = [sct, scd]") == []
+    assert said("trig", "flow", "strategy = [trig_flow, scd]") == []
+
+
+def test_a_tap_is_one_of_the_blocks():
+    backbone = "objective o {{\n process = linear, prediction_type = flow, strategy = repa\n{}}}\n"
+    text = "diff 1\nimport std.sit\n" + backbone
+    for tap, codes in ((12, []), (13, ["DIF217"]), (0, ["DIF217"])):
+        found = found_in(text.format(f" backbone = sit.s2(tap = {tap})\n"))
+        assert [f.code for f in found] == codes
+
+
 SNR_WEIGHTS = [
     ("min(snr, 5) * mse(x0_hat, x0)", []),
     ("min(snr, 5) * mse(pred, target)", ["DIF209"]),

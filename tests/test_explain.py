@@ -40,6 +40,9 @@ equations, after every redefinition
   fit    = mean((pred - flow)^2)
   loss   = fit
 
+arguments
+  none
+
 time
   t ~ uniform(0, 1)
   logsnr from inf (data) to -inf (noise)
@@ -80,6 +83,21 @@ run
   train: this spec has no `train` block
   sample: this spec has no `sample` block
 """
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("process = ddpm(linear, 50)\nprediction_type = epsilon",
+         "  ddpm: beta = linear, steps = 50, terminal_snr = free\n"),
+        ("process = edm\nprediction_type = sample\nstrategy = ct(0.7, 0.01, 2 * 500)",
+         "  ct: data = 0.7, low = 0.01, total = 1000, start = 2, end = 150, decay = 0.9,"),
+        (FLOW + "\nstrategy = importance(logit_normal(0, 1))",
+         "  importance: law = logit_normal(0, 1)\n"),
+    ],
+)  # fmt: skip
+def test_what_each_argument_was_given(body, says):
+    assert says in explain(spec_of(body))
 
 
 def test_page():

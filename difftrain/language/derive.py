@@ -313,6 +313,9 @@ class Derivation:
             target = self.read(name, frame.world, expr)
             if isinstance(target, Function):
                 return target
+            given = self.equations.versions.get(name, (None,))[0]
+            if expr.args and given is not None and given.argument:
+                raise Problem(mistakes.no_function(name, given.value, expr))
             raise Problem(mistakes.not_callable(expr))
         values = {}
         block = name.rpartition(".")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from difftrain.language.density import Curve, Row, curve
@@ -14,6 +15,7 @@ from difftrain.language.finding import SpecError
 from difftrain.language.guidance import own_guidance
 from difftrain.language.horizon import horizon, own_shift
 from difftrain.language.part import Part
+from difftrain.language.scope import Equation, Use, formals
 from difftrain.language.spec import Objective, Spec
 from difftrain.language.term import Term, const, is_const, show, walk
 from difftrain.language.weighting import (
@@ -117,6 +119,31 @@ def _wrapped(line: Line, width: int) -> list[str]:
         head + line.text, WIDTH - 2, subsequent_indent=later, break_long_words=False,
         break_on_hyphens=False, drop_whitespace=True,
     )  # fmt: skip
+
+
+# ---- arguments
+
+
+def _arguments(subject: Subject) -> list[str]:
+    """What every block in use was given, by position, by name or by default."""
+    told = {u.label: _bound(subject, u) for u in subject.objective.equations.uses}
+    titles = {u.label: u.definition.name for u in subject.objective.equations.uses}
+    return [f"{titles[n]}: {given}" for n, given in told.items() if given] or ["none"]
+
+
+def _bound(subject: Subject, use: Use) -> str:
+    versions = subject.objective.equations.versions
+    given = {n: versions.get(f"{use.label}.{n}") for n in formals(use.definition)}
+    return ", ".join(f"{n} = {_argument(subject, found[0])}" for n, found in given.items() if found)
+
+
+def _argument(subject: Subject, given: Equation) -> str:
+    """An argument as a number or a word, or as it was written."""
+    with suppress(Problem):
+        term = subject.read(given.name)
+        if isinstance(term, Term) and term.op in ("const", "word"):
+            return show(term)
+    return " ".join(given.value.span.text.split())
 
 
 # ---- time and prediction
@@ -312,6 +339,7 @@ def _data(run, objective: Objective) -> str:
 RUNS: dict[str, Callable] = {"data": _data, "train": _train, "sample": _sample}
 PARTS: dict[str, Callable[[Subject], Iterable[str]]] = {
     "equations, after every redefinition": _equations,
+    "arguments": _arguments,
     "time": _time,
     "prediction": _prediction,
     "cost of a step": _cost,

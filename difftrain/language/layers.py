@@ -84,7 +84,7 @@ def _nested(equations, use: Use, name: str, value: Expr, where: Scope, found) ->
 def _once(equations: Equations, use: Use, definition: Definition) -> Block:
     """A base that is also in the list is applied once."""
     node = definition.node
-    again = any(u.definition is definition for u in equations.uses)
+    again = any(definition in lineage(u.definition) for u in equations.uses)
     return Block(node.kind, node.name, (), None, (), node.span, node.head) if again else node
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from difftrain.language.finding import Finding, Label
+from difftrain.language.names import is_shipped
 from difftrain.language.nearest import nearest
 from difftrain.language.operations import NAMES
 from difftrain.language.scope import Equations, Use, formals
@@ -78,10 +79,10 @@ def not_there(path: tuple[str, ...], use: Use, at: Expr | Argument) -> Finding:
     others = [
         d.name for d in use.definition.home.definitions(use.definition.kind) if last in formals(d)
     ]
-    hint = f"write `{path[0]}.{close}`" if close else ""
+    span = at.head if isinstance(at, Call) else at.span
+    hint = f"write `{path[0]}.{close}`" if close and not is_shipped(span) else ""
     if not hint and others:
         hint = f"use `{others[0]}`, which has one, or a block of your own with `{last}`"
-    span = at.head if isinstance(at, Call) else at.span
     text = f"`{title}` has no `{last}`"
     return Finding("DIF120", text, Label(span), help=hint or "leave it out")
 
@@ -113,6 +114,15 @@ def left_open(function: Function, expr: Expr) -> Finding:
     text = f"`{function.definition.name}` still needs {names}"
     hint = f"add `{function.open[0]} = …` to its arguments"
     return Finding("DIF125", text, Label(expr.span), help=hint)
+
+
+def no_function(name: str, given: Expr, expr: Call) -> Finding:
+    """An argument that its block calls, and that is a number."""
+    last = name.rpartition(".")[2]
+    text = f"`{last}` has to be a function, and `{given.span.text}` is none"
+    because = f"it is called as `{' '.join(expr.span.text.split())}`"
+    hint = "write the name of a function, with all but these arguments given"
+    return Finding("DIF126", text, Label(given.span), because=because, help=hint)
 
 
 def not_callable(expr: Call) -> Finding:

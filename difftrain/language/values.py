@@ -72,7 +72,7 @@ def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None):
         case Number(value=value) | Quantity(value=value):
             return int(value) if value == int(value) else value
         case Negate(value=Number(value=value)):
-            return -value
+            return -int(value) if value == int(value) else -value
         case Interval(low=low, high=high):
             return tuple(read_value(end, scope, equations, found) for end in (low, high))
         case Name(path=("true",)):
@@ -91,7 +91,7 @@ def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None):
                     return read_value(parameter.node.default, scope, equations, found)
                 if _is_quantity(expr.dotted, equations):
                     return expr.dotted
-            found.append(_unknown_part(expr, scope.home))
+            found.append(_unknown_part(expr, scope.home, equations))
             return None
     return _number(expr, scope, equations, found)
 
@@ -100,7 +100,19 @@ def _is_quantity(name: str, equations: Equations) -> bool:
     return name in equations.versions or name in equations.quantities
 
 
-def _unknown_part(expr, names: Names) -> Finding:
+def _inner(path: tuple[str, ...], known: list[str]) -> str | None:
+    """The quantity inside a block in use that a name was meant to be."""
+    if len(path) == 1:
+        return next((n for n in known if n.rpartition(".")[2] == path[0]), None)
+    block = [n for n in known if n.startswith(f"{path[0]}.")]
+    return nearest(".".join(path), block) or next(iter(block), None)
+
+
+def _unknown_part(expr, names: Names, equations: Equations) -> Finding:
+    inner = [n for n in equations.versions if "." in n and not equations.versions[n][0].argument]
+    if meant := _inner(expr.path, inner):
+        text = f"there is no `{expr.dotted}`"
+        return Finding("DIF120", text, Label(expr.span), help=f"write `{meant}`")
     known = [n for kind in PART_KINDS for n in names.known(kind)]
     close = nearest(expr.dotted, known)
     hint = f"write `{close}`" if close else "write a value, or the name of a part"

@@ -346,6 +346,8 @@ def grid(session: Session, done: int) -> Path:
 
 def finish(session: Session) -> None:
     """The last grid, the losses on unseen data, and where everything lies."""
+    if state.newest(session.folder) is None:  # a run of no steps is kept as well
+        save(session, session.done)
     path = grid(session, session.done)
     if session.unseen is None:
         say("no losses on unseen pictures: the data have no held-out split to validate on")

@@ -29,6 +29,7 @@ RULES = (
     derived.domains,
     derived.given_times,
     derived.meaning,
+    derived.noise,
     path.needs,
     path.laws,
     path.identity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import is_shipped
+from difftrain.language.operations import NAMES
 from difftrain.language.part import Interface
 from difftrain.language.rules.case import Case, inside
 from difftrain.language.scope import choices, formals
@@ -36,6 +37,8 @@ def given_times(case: Case, found: list[Finding]) -> None:
     if backbone is None or not case.slot("process"):
         return
     call = backbone.uses[0].call.span
+    if any(inside(f.at.span, call) or f.code == "DIF119" for f in found):
+        return  # which may be why
     times, inputs = backbone.interface.times, backbone.interface.inputs
     if times[0] != "t":
         text, hint = "the first time that a network is given is `t`", "write `times = [t, …]`"
@@ -46,11 +49,30 @@ def given_times(case: Case, found: list[Finding]) -> None:
         because = "what is learned depends on both times"
         hint = f"write `{backbone.uses[0].definition.name}(times = [t, r])`"
         found.append(Finding("DIF212", text, Label(call), (earlier,), because, hint))
+    given = [name.rpartition(".")[2] for name in (*times, *inputs)]
+    for name in sorted({n for n in given if given.count(n) > 1}):
+        text = f"the network is given two values as `{name}`"
+        hint = "list each once, and call them differently"
+        found.append(Finding("DIF213", text, Label(call), help=hint))
     for name in (*times, *inputs):
         if name != "t" and name not in versions and case.term(name) is None:
             text = f"the network is given `{name}`, which nothing defines"
             hint = f"take `{name}` out of the list, or define it: `{name} = …`"
             found.append(Finding("DIF213", text, Label(call), help=hint))
+
+
+def noise(case: Case, found: list[Finding]) -> None:
+    """Noise has the shape of the data."""
+    eps = case.term("eps")
+    if eps is None or eps.kind == "field":
+        return
+    text = f"`eps` is {NAMES[eps.kind]}, and noise is shaped like the data"
+    because = "all numbers of a sample would get the same noise"
+    at, hint = (
+        Label(case.place(case.newest("eps"))),
+        "make it of `noise(x0)`, as `2 * noise(x0)` is",
+    )
+    found.append(Finding("DIF121", text, at, because=because, help=hint))
 
 
 def meaning(case: Case, found: list[Finding]) -> None:

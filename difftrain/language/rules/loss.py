@@ -58,6 +58,8 @@ def gradient(case: Case, found: list[Finding]) -> None:
     loss = case.term("loss")
     if loss is None or loss.kind != "sample" or _trains(loss):
         return
+    if any(f.code == "DIF130" for f in found):
+        return  # a number outside its range may be what takes the network away
     stopped = any(t.op == "network" for t in _below(loss, ()))
     because = (
         "every way from `loss` to the network leads through `stop`, a comparison or a frozen net"

@@ -8,7 +8,7 @@ from difftrain.language.algebra import NotLinear, linear
 from difftrain.language.finding import Finding, Label
 from difftrain.language.numbers import Support, draws, points, support, values
 from difftrain.language.operations import LAWS
-from difftrain.language.rules.case import ALONG, Case, shown
+from difftrain.language.rules.case import ALONG, Case, inside, shown
 from difftrain.language.scope import Equation, Need, formals, parts
 from difftrain.language.term import Term, const, leaf, rebuild, show
 from difftrain.language.tree import Binary, Call, Define, Name
@@ -156,7 +156,7 @@ def laws(case: Case, found: list[Finding]) -> None:
         args = values(list(draw.args), points(*draw.args)[:1])[0] if sound else []
         if equation is None or not sound or any(a != a for a in args) or sound(*args):
             continue
-        if any(f.at.span == case.place(equation) for f in found):
+        if any(inside(f.at.span, case.place(equation)) for f in found):
             continue
         law = f"{draw['law']}({', '.join(show(a) for a in draw.args)})"
         text = f"nothing can be drawn from `{law}`"
@@ -189,7 +189,8 @@ def time_law(case: Case, found: list[Finding]) -> None:
         text = f"this law of `t` leaves the range on which `{name}` is defined"
     because = f"it gives {_range(given)}, and `{name}` is defined for {_range(allowed)}"
     at, also = Label(case.place(equation)), Label(case.called(process), f"t is {_range(allowed)}")
-    hint = _same_law(case, equation) or f"keep `t` in {shown(allowed.low)}..{shown(allowed.high)}"
+    hint = _same_law(case, equation) or _own_help(case, equation)
+    hint = hint or f"keep `t` in {shown(allowed.low)}..{shown(allowed.high)}"
     if given.whole != allowed.whole:
         hint = f"leave it out, and `{own.span.text}` of `{name}` counts"
     found.append(Finding("DIF206", text, at, (also,), because, hint))
@@ -226,6 +227,12 @@ def _within(given: Support, allowed: Support) -> bool:
 
 def _range(support: Support) -> str:
     return f"{shown(support.low)} to {shown(support.high)}"
+
+
+def _own_help(case: Case, equation: Equation) -> str:
+    """What the block that a law of t is from says to do where it does not fit."""
+    needs = case.objective.equations.needs
+    return next((n.help for n in needs if n.use.label == equation.scope.label and n.help), "")
 
 
 def _same_law(case: Case, equation: Equation) -> str:

@@ -198,8 +198,8 @@ def _equations(case: Case) -> Iterator[tuple[Equation, Term]]:
 
 def entries(case: Case, found: list[Finding]) -> None:
     """Every entry that is read of a table is one that the table has."""
-    if any(f.code == "DIF206" for f in found):
-        return  # times that the process does not have
+    if any(f.code in ("DIF130", "DIF206", "DIF214") for f in found):
+        return  # which may be why
     terms = [t for n in ("loss", *PATH) if (t := case.term(n)) is not None]
     for pick in dict.fromkeys(t for t in walk(*terms) if t.op == "pick"):
         told = _beyond(pick)
