@@ -13,7 +13,7 @@ from difftrain.language.check import check
 from difftrain.language.codes import CODES
 from difftrain.language.format import format_text
 from difftrain.language.forms import SPECIAL
-from difftrain.language.names import Definition, Names, standard
+from difftrain.language.names import TARGETS, Definition, Names, standard
 from difftrain.language.operations import LAWS, OPERATIONS
 from difftrain.language.render import render
 from difftrain.language.scope import REMARKS, lineage
@@ -192,7 +192,7 @@ def test_processes_of_parts():
     assert listed == {f"sd.{s}" for s in defined("process", (imported()["sd"],))}
 
 
-@pytest.mark.parametrize("kind", ["data", "train", "sample"])
+@pytest.mark.parametrize("kind", ["data", "train", "sample", *TARGETS])
 def test_options(kind):
     (names,) = [n for n in standard() if ("options", kind) in n.own]
     formals = names.own["options", kind].node.formals

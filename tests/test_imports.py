@@ -13,7 +13,8 @@ from difftrain.language.names import standard
 PACKAGE = Path(__file__).parent.parent / "difftrain"
 FILES = sorted(PACKAGE.rglob("*.py"))
 STANDARD = sys.stdlib_module_names | {"difftrain"}
-OUR = {"language", "graph", "compiler", "models", "training", "sampling", "importers", "commands"}
+OUR = {"language", "graph", "compiler", "models", "training", "sampling", "export", "importers"}
+OUR |= {"commands"}
 
 # folder: (packages from outside, folders of ours)
 MAY_IMPORT = {
@@ -35,17 +36,31 @@ MAY_IMPORT = {
         {"language", "models"},
     ),
     "sampling": (
-        {"torch", "numpy", "PIL"},
+        {"torch", "numpy", "PIL", "torchmetrics"},
         {"language", "graph", "compiler", "models", "sampling"},
     ),
     "training": (
         {"torch", "numpy", "PIL", "tqdm", "safetensors", "tensorboard"},
         {"language", "graph", "compiler", "models", "sampling", "training"},
     ),
+    "export": (
+        {
+            "torch",
+            "numpy",
+            "diffusers",
+            "transformers",
+            "tokenizers",
+            "safetensors",
+            "onnx",
+            "onnxruntime",
+        },
+        {"language", "graph", "compiler", "models", "sampling", "training", "export"},
+    ),
     "commands": (set(), OUR),
     "": (set(), OUR),  # the package's own front: difftrain.read, difftrain.objective, cli
 }
-LAZY = {"diffusers", "transformers", "huggingface_hub"}  # seconds to import: inside functions only
+# seconds to import: inside functions only
+LAZY = {"diffusers", "transformers", "huggingface_hub", "onnx", "onnxruntime", "torchmetrics"}
 
 
 def folder_of(file: Path) -> str:
@@ -135,6 +150,8 @@ OTHER_MEANINGS = {
 ALLOWED = {
     "models/pretrained.py": ({"epsilon", "v_prediction", "ddpm"}, "foreign scheduler files"),
     "models/tokenizer.py": ({"ve"}, "the ending of `we've`"),
+    "export/package.py": ({"ve"}, "the ending of `we've`"),
+    "export/tokens.py": ({"ve"}, "the ending of `we've`"),
     "language/uses.py": ({"epsilon", "v_prediction", "ddpm"}, "what a foreign name means here"),
 }
 
