@@ -46,10 +46,11 @@ class Slot:
 @dataclass(frozen=True)
 class Layout:
     """The slots of all trained parameters, in order; the first `products` numbers of the buffer
-    are weights of matrix products."""
+    are weights of matrix products. `tied` modules have a weight under two names."""
 
     slots: tuple[Slot, ...]
     products: int
+    tied: frozenset[str] = frozenset()
 
     @property
     def size(self) -> int:
@@ -89,21 +90,22 @@ class Layout:
 
     def copy(self, modules: Mapping[str, nn.Module], flat: Tensor) -> Callable:
         """The student as a function of its inputs, with the parameters of another buffer."""
-        return bound(modules["student"], self.views(flat)["student"])
+        return bound(modules["student"], self.views(flat)["student"], "student" in self.tied)
 
     def bind(self, modules: Mapping[str, nn.Module], *buffers: Tensor) -> dict[str, Callable]:
         """The modules as functions whose trained parameters are `views` of the buffers."""
         views = self.views(*buffers)
-        return {name: bound(module, views.get(name, {})) for name, module in modules.items()}
+        return {n: bound(m, views.get(n, {}), n in self.tied) for n, m in modules.items()}
 
 
-def bound(module: nn.Module, parameters: Mapping[str, Tensor]) -> Callable:
-    """The module with these parameters, as a function of its inputs."""
+def bound(module: nn.Module, parameters: Mapping[str, Tensor], tied: bool) -> Callable:
+    """The module with these parameters, as a function of its inputs. Looking for further names of
+    a weight is half of the time that tracing takes, so that is done where it is `tied`."""
     if not parameters:
         return module
 
     def call(*args, **named):
-        return functional_call(module, parameters, args, named)
+        return functional_call(module, parameters, args, named, tie_weights=tied)
 
     return call
 
@@ -118,7 +120,14 @@ def layout(modules: Mapping[str, nn.Module]) -> Layout:
         Slot(module, name, p.shape, start, p.numel(), last=product and p.dim() == 4)
         for (product, module, name, p), start in zip(found, starts, strict=False)
     )
-    return Layout(tuple(slots), sum(p.numel() for product, *_, p in found if product))
+    products = sum(p.numel() for product, *_, p in found if product)
+    return Layout(tuple(slots), products, frozenset(n for n, m in modules.items() if _ties(m)))
+
+
+def _ties(module: nn.Module) -> bool:
+    """Whether a weight has two names."""
+    names = list(module.named_parameters(remove_duplicate=False))
+    return len(names) != len(list(module.parameters()))
 
 
 def _trained(modules: Mapping[str, nn.Module]) -> Iterator[tuple[bool, str, str, nn.Parameter]]:
