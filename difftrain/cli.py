@@ -187,6 +187,8 @@ COMMANDS: dict[str, Command] = {
             arg("--steps", type=_count, metavar="N", help="of the solver"),
             arg("--guidance", metavar="W", help="1 is none"),
             arg("--save", metavar="FILE", help="an .npz for all pictures, beside the grid"),
+            arg("--score", action="store_true", help="say how near they are to real pictures"),
+            arg("--fid", metavar="FILE", help="score with FID too: Inception's TorchScript file"),
             arg("--weights", metavar="FILE", help="others than the newest, as `ema` wrote them"),
             SET,
             arg("-o", "--output", metavar="FILE", help="a PNG; the run's name if not said"),

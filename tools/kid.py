@@ -19,6 +19,7 @@ from torch import Tensor
 from difftrain.compiler.lowering import device
 from difftrain.models.errors import PartError
 from difftrain.sampling.kid import SIDE, score
+from difftrain.training import scores
 from difftrain.training.sources import DataError, open_source
 
 KEY, SAVED = "pictures", "samples.npz"
@@ -84,9 +85,7 @@ def scaled(found: np.ndarray, file: Path) -> Tensor:
 def decoded(data: str, split: str, size: int) -> Tensor:
     """A split [N, 3, size, size] of a folder or zip, or of emoji64, in [-1, 1]."""
     kind = "folder" if data else "emoji64"
-    source = open_source(kind, data, caption="", split=split)
-    images = [source.image(row, size) for row in range(len(source))]
-    return torch.stack(images).float() / 127.5 - 1
+    return scores.decoded(open_source(kind, data, caption="", split=split), size).pictures
 
 
 if __name__ == "__main__":

@@ -83,13 +83,19 @@ def sample(args: Namespace) -> int:
         out=args.output,
         save=args.save,
         weights=args.weights,
+        tell=print if args.score or args.fid else None,
+        inception=args.fid or "",
     )
     print(path)
     return CLEAN
 
 
 # options of `sample` that stand for settings, a solver before its steps
-SAMPLING = {"solver": "sample.solver", "steps": "sample.solver.steps", "guidance": "sample.guidance"}
+SAMPLING = {
+    "solver": "sample.solver",
+    "steps": "sample.solver.steps",
+    "guidance": "sample.guidance",
+}
 
 
 def ema(args: Namespace) -> int:

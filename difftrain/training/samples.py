@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from difftrain.language.spec import Objective
 from difftrain.sampling import grids
 from difftrain.sampling.model import Levels
 from difftrain.sampling.pictures import grid_png, to_bytes, write_pngs
-from difftrain.training import evaluate, state
+from difftrain.training import evaluate, scores, state
 from difftrain.training.arrays import Arrays
 from difftrain.training.bundle import ARRAYS, Bundle, SettingError, block
 from difftrain.training.evaluate import Model
@@ -44,6 +44,8 @@ def sample(
     out: str | None = None,
     save: str | None = None,
     weights: str | None = None,
+    tell: Callable[[str], object] | None = None,
+    inception: str = "",
 ) -> Path:
     """What is drawn from the averaged weights of a run, or of a checkpoint in it, or of the file
     `weights`: a grid of pictures, or the arrays. Each picture also lies in a folder beside the
@@ -65,6 +67,8 @@ def sample(
         texts = list(islice(cycle(texts), count)) if count else texts
         path = Path(out or f"{bundle.name}{ending(data)}")
         place = Path(save) if save else path.with_name(f"{path.stem}-pictures")
+        if tell:
+            scores.possible(data, len(texts), inception)
         made, settings = make(model, options, data["size"], texts)
     write(made, settings, texts, path, place)
     if tell:
@@ -184,20 +188,23 @@ def open_guide(model: Model, options: Run, size: int) -> Model | None:
 # ---- files
 
 
-def draw(
-    model: Model,
-    options: Run,
-    size: int,
-    texts: Sequence[str],
-    path: Path,
-    place: Path | None = None,
-) -> Path:
-    """Writes one sample a text into a file that carries the settings it was made with: a PNG, or
-    an `.npz` where they are no pictures. `place` is for all pictures: a file ending in `.npz`
-    (uint8), or a folder of PNGs."""
+def draw(model: Model, options: Run, size: int, texts: Sequence[str], path: Path) -> Path:
+    """Writes one sample a text into a file."""
+    return write(*make(model, options, size, texts), texts, path)
+
+
+def make(model: Model, options: Run, size: int, texts: Sequence[str]) -> tuple[Tensor, dict]:
+    """One sample a text [N, ...], and the settings they are made with."""
     guide = open_guide(model, options, size)
     made = evaluate.sample(model, options, list(texts), size, guide)
-    settings = _settings(model, options, size, guide)
+    return made, _settings(model, options, size, guide)
+
+
+def write(
+    made: Tensor, settings: Mapping, texts: Sequence[str], path: Path, place: Path | None = None
+) -> Path:
+    """Writes samples into a file that carries their settings: a PNG, or an `.npz` where they are no
+    pictures. `place` is for all pictures: a file ending in `.npz` (uint8), or a folder of PNGs."""
     if path.suffix == ".npz":
         write_arrays(path, texts, settings, x=made.numpy())
         return path
