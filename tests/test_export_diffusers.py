@@ -21,6 +21,7 @@ from transformers import (
 
 from difftrain.compiler import lowering
 from difftrain.export import diffusers, saved
+from difftrain.export.beside import compare
 from difftrain.export.errors import ExportError, Parted
 from difftrain.export.opened import Opened
 from difftrain.export.schedulers import scheduler
@@ -233,14 +234,14 @@ def test_where_a_pipeline_parts_is_told(home, place, damage):
     run = opened(text())
     damage(folder := diffusers.export(run, home / "out", quiet))
     with pytest.raises(Parted, match=f"the pipeline parts from the run {place}: the relative"):
-        diffusers.compare(run, folder, diffusers._pipeline(run))
+        compare(run, folder, diffusers._pipeline(run))
 
 
 def test_a_pipeline_that_reads_another_text_parts(home):
     run = opened(text())
     deaf(folder := diffusers.export(run, home / "out", quiet))
     with pytest.raises(Parted, match="before evaluation 2"):
-        diffusers.compare(run, folder, diffusers._pipeline(run))
+        compare(run, folder, diffusers._pipeline(run))
 
 
 # ---- parts
@@ -329,7 +330,7 @@ def test_a_pixart_run_is_a_pixart_pipeline(home):
         deafened.zero_()
     pipe.save_pretrained(folder)
     with pytest.raises(Parted):
-        diffusers.compare(run, folder, diffusers._pipeline(run))
+        compare(run, folder, diffusers._pipeline(run))
 
 
 # ---- what has no form there

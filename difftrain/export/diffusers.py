@@ -8,39 +8,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 import difftrain
 from difftrain.export import saved
-from difftrain.export.errors import ExportError, Parted
+from difftrain.export.beside import Made, compare, prompts
+from difftrain.export.errors import ExportError
 from difftrain.export.opened import Opened
 from difftrain.export.schedulers import scheduler
 from difftrain.language.forms import clock
 from difftrain.language.term import is_const
 from difftrain.models.text import TextEncoder
-from difftrain.sampling import solvers
-from difftrain.training import evaluate
 
-TOLERANCE = 1e-3  # of relative errors, at every evaluation and of the last latents and pictures
-COUNT = 2  # samples that are compared
-WORD = "a picture of something"
 WRAPPED = {"c_in": 1, "c_out": 1, "c_skip": 0}  # what a network is called bare with
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """A pipeline, how it is called, and which of its modules is the network."""
-
-    pipe: object
-    call: Mapping[str, object]
-    network: str
-    lowers: bool = False  # whether it writes prompts in lower case
 
 
 def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> Path:
@@ -232,98 +215,10 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder.name}")
 picture = pipe(
-    {_prompts(run)[0]!r}{call},
+    {prompts(run)[0]!r}{call},
 ).images[0]
 ```
 
 On the same first latents it makes those of `difftrain sample`: the relative error was {error:.1e}.
 Pipelines begin with noise of standard deviation 1; the run begins with sigma of its first time.
 """
-
-
-# ---- the gate
-
-
-@torch.no_grad()
-def compare(run: Opened, folder: Path, made: Made) -> float:
-    """The largest relative error between the run and the pipeline in a folder, of what the network
-    is asked, the last latents and the pictures. Raises Parted above TOLERANCE."""
-    from diffusers import DiffusionPipeline
-
-    pipe = DiffusionPipeline.from_pretrained(folder).to(run.device)
-    pipe.set_progress_bar_config(disable=True)
-    prompts = [p.lower().strip() if made.lowers else p for p in _prompts(run)]
-    asked, latents = _ours(run, prompts)
-    theirs, found = _theirs(pipe, made, prompts, asked[0][: len(prompts)], run)
-    pictures = run.parts.codec.decode(latents)
-    decoded = pipe.vae.decode(found / pipe.vae.config.scaling_factor).sample
-    places = [f"before evaluation {n} of {len(asked)}" for n in range(1, len(asked) + 1)]
-    pairs = [*zip(asked, theirs, strict=True), (latents, found), (pictures, decoded)]
-    errors = [_apart(a, b) for a, b in pairs]
-    places += ["in the last latents", "in the pictures"]
-    for place, error in zip(places, errors, strict=True):
-        if not error <= TOLERANCE:
-            raise Parted(
-                f"the pipeline parts from the run {place}: the relative error is {error:.1e}, and"
-                f" {TOLERANCE:.0e} is allowed; nothing was written"
-            )
-    return max(errors)
-
-
-def _ours(run: Opened, prompts: list[str]) -> tuple[list[Tensor], Tensor]:
-    """What the network is asked, and the latents at the end; noise comes from one generator."""
-    index, generator = torch.arange(len(prompts), device=run.device), _generator(run)
-    model = evaluate.sampler(run.model, run.sampling, index, prompts)
-
-    def law(like: Tensor, streams) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
-
-    draws = solvers.Draws(0, index, law)
-    like = torch.zeros(len(prompts), *run.shape, device=run.device)
-    with _asked(run.parts.modules["student"]) as asked:
-        x = run.walk(model, solvers.start(model, like, run.grid, draws), run.grid, draws)
-    return asked, x
-
-
-def _theirs(pipe, made: Made, prompts: list[str], x: Tensor, run: Opened):
-    """The same of a pipeline, from the latents x [B, ...] on."""
-    generator = _generator(run)
-    torch.randn(x.shape, generator=generator)  # what our run began with
-    told = {"prompt": prompts, "latents": x, "generator": generator, "output_type": "latent"}
-    with _asked(getattr(pipe, made.network)) as asked:
-        found = pipe(**told, **made.call).images
-    return asked, found
-
-
-def _generator(run: Opened) -> torch.Generator:
-    return torch.Generator().manual_seed(run.sampling["seed"])
-
-
-@contextmanager
-def _asked(network: nn.Module) -> Iterator[list[Tensor]]:
-    """The noisy samples that a network is asked about, in order."""
-    asked: list[Tensor] = []
-    hook = network.register_forward_pre_hook(lambda _, given: asked.append(given[0].clone()))
-    try:
-        yield asked
-    finally:
-        hook.remove()
-
-
-def _apart(ours: Tensor, theirs: Tensor) -> float:
-    """|a - b| / |a|; infinite for other shapes."""
-    if ours.shape != theirs.shape:
-        return float("inf")
-    return ((ours - theirs).norm() / ours.norm()).item()
-
-
-def _prompts(run: Opened) -> list[str]:
-    """COUNT prompts: those of the spec, or words that the encoder knows."""
-    own = list(run.sampling["prompts"]) or _words(run.parts.text) or [WORD]
-    return (own * COUNT)[:COUNT]
-
-
-def _words(text: TextEncoder) -> list[str]:
-    """The words that are tokens of an encoder whose table was cut to them."""
-    known = text.vocabulary
-    return [word for word, ids in text.tokens.words(known) if len(ids) == 1] if known else []
