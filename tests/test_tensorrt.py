@@ -32,7 +32,6 @@ from difftrain.export.opened import Opened
 from difftrain.export.png import png, sheet
 from difftrain.export.running import Refused, Runner, Walk, gpu, runtime
 from difftrain.export.tokens import BytePairs, UnknownWords, words
-from difftrain.language.options import Run
 from difftrain.models.encoders import t5
 from difftrain.models.joined import Joined
 from difftrain.models.labels import label
@@ -117,9 +116,9 @@ ALL = [it.package for it in LIBRARIES]
 @pytest.mark.parametrize(
     ("here", "gpu", "wanted", "chosen"),
     [
-        (ALL, True, "", "torch-tensorrt"),
-        (ALL[1:], True, "", "torch-tensorrt-rtx"),
-        (ALL[1:], False, "", "tensorrt-rtx"),
+        (ALL, True, "auto", "torch-tensorrt"),
+        (ALL[1:], True, "auto", "torch-tensorrt-rtx"),
+        (ALL[1:], False, "auto", "tensorrt-rtx"),
         (ALL, True, "tensorrt-rtx", "tensorrt-rtx"),
     ],
 )
@@ -131,9 +130,13 @@ def test_the_first_library_that_builds_here(monkeypatch, here, gpu, wanted, chos
 @pytest.mark.parametrize(
     ("here", "wanted", "says"),
     [
-        ([], "", "an engine needs `tensorrt-rtx`, which is not installed here"),
+        ([], "auto", "an engine needs `tensorrt-rtx`, which is not installed here"),
         (ALL[2:], "torch-tensorrt", "an engine needs `torch-tensorrt`, which is not installed"),
-        (ALL[:1], "", "`torch-tensorrt` builds engines on a machine with a GPU, and here is none"),
+        (
+            ALL[:1],
+            "auto",
+            "`torch-tensorrt` builds engines on a machine with a GPU, and here is none",
+        ),
         (ALL, "trt", "`trt` is no engine library: use `torch-tensorrt`, `torch-tensorrt-rtx`, "),
     ],
 )
@@ -283,9 +286,8 @@ def untrained(solver: str, guidance: float = 2, device: str = "cpu", **parts) ->
     objective, options = spec.objective(), block(spec, "sample")
     parts = build_parts(objective, Known(), 0, device, size=64, sampling=True)
     model = evaluate.Model(bundle, evaluate.programs(bundle, device), parts, parts.weights, 7)
-    wanted = {"precision": "fp16", "batch": (1, 8), "sizes": (), "library": ""}
-    target = Run("tensorrt", {**wanted, "portable": True, "refit": False}, {})
-    return Opened(model, objective, options, target, block(spec, "data"))
+    target, data = block(spec, "tensorrt"), block(spec, "data")
+    return Opened(model, objective, options, target, data)
 
 
 class Eager:

@@ -87,7 +87,7 @@ def main() -> None:
     add("--gpus", type=int, default=1, help="how many GPUs take processes side by side")
     add("--run", default="", help="a run's folder: its samples are a further work, `run`")
     add("--json", default="", help="a file for all that was measured")
-    add("--library", default="", help="the engine library, instead of the first that is there")
+    add("--library", default="auto", help="the engine library: the first that is there")
     add("--portable", action="store_true", help="engines for every GPU, not for this one")
     add("--mode", default="max-autotune-no-cudagraphs", help="of torch.compile")
     add("--child", default="", help=argparse.SUPPRESS)

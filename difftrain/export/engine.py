@@ -84,16 +84,16 @@ def installed(package: str) -> bool:
     return True
 
 
-def library(name: str = "") -> Library:
-    """The engine library of this name, or the first that is installed and builds here."""
+def library(name: str = "auto") -> Library:
+    """The engine library of this name, or (`auto`) the first that is installed and builds here."""
     gpu = torch.cuda.is_available()
-    named = [it for it in LIBRARIES if name in ("", it.package)]
+    named = [it for it in LIBRARIES if name in ("auto", it.package)]
     if not named:
         known = ", ".join(f"`{it.package}`" for it in LIBRARIES)
         raise ExportError(f"`{name}` is no engine library: use {known}")
     here = [it for it in named if installed(it.package)]
     if not here:
-        wanted = name or "tensorrt-rtx"
+        wanted = named[-1].package
         raise ExportError(
             f"an engine needs `{wanted}`, which is not installed here: `pip install {wanted}`"
         )

@@ -112,7 +112,7 @@ class Sampler:
             )
         if batch is not None and not self.low <= batch <= self.high:
             raise Refused(
-                f"these file draws batches of {self.low} to {self.high}, not {batch}: export"
+                f"this file draws batches of {self.low} to {self.high}, not {batch}: export"
                 f" again with `batch = {min(self.low, batch)}..{max(self.high, batch)}`"
             )
         self.high = batch or self.high

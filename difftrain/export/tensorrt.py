@@ -44,7 +44,7 @@ def export(run: Opened, file: Path, say: Say = print) -> Path:
     _can_draw(run)
     if file.is_dir():
         raise ExportError(f"`{file}` is a folder: say with `-o` how to call the file")
-    profile, maker = wanted(run, say), library(run.target["library"])
+    profile, maker = wanted(run, say), library(run.target["library"].replace("_", "-"))
     told, data = encoders(run.parts.text, run.sampling["prompts"])
     sizes = list(run.target["sizes"]) or [run.data["size"]]
     every = [_sized(run, size, profile, maker, say) for size in sizes]
@@ -69,8 +69,7 @@ def _can_draw(run: Opened) -> None:
 
 def wanted(run: Opened, say: Say) -> Profile:
     """What the engines of a run are built for."""
-    low, high = run.target["batch"]
-    profile = Profile(low, high, run.target["portable"], run.target["refit"])
+    profile = Profile(*run.batch, run.target["portable"], run.target["refit"])
     if (profile.refit or not profile.portable) and not torch.cuda.is_available():
         say(
             "here is no GPU: engines are built for every one, and take no new weights; new weights"
