@@ -112,6 +112,18 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 # ---- what was exported, asked
 
 
+def bare(made: Mapping[str, Piece]) -> Call:
+    """The modules themselves as functions, where they are."""
+
+    def call(name: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        given = {n: inputs[n].to(made[name].inputs[n].device) for n in made[name].inputs}
+        found = made[name].module(**given)
+        each = found if isinstance(found, tuple) else (found,)
+        return tuple(value.to(next(iter(inputs.values())).device) for value in each)
+
+    return call
+
+
 def _backbone(run: Opened, made: Mapping[str, Piece], call: Call, eager: Eager) -> float:
     """The error of one call, half-way, at the latents of the run."""
     half = len(run.table.rows) // 2

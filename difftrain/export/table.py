@@ -256,6 +256,6 @@ def _check(found: Table, walk: Walk, levels: Levels, grid: Tensor, name: str) ->
 
 
 def _odd(x: Tensor, t: Tensor, r: Tensor) -> Pair:
-    """Estimates [B, n] that are linear in nothing, and larger than any data."""
-    t, r = (torch.atan(v.double())[:, None] for v in (t, r))
+    """Estimates [B, n] that are linear in nothing, larger than data, and steady for large x."""
+    x, t, r = torch.atan(x), torch.atan(t.double())[:, None], torch.atan(r.double())[:, None]
     return 3 * torch.sin(x + t), 2 * torch.cos(x / 2 + r)
