@@ -107,6 +107,7 @@ def prompts(run: Opened) -> list[str]:
 
 
 def _words(text: TextEncoder) -> list[str]:
-    """The words that are tokens of an encoder whose table was cut to them."""
+    """Texts of the words that are tokens of an encoder whose table was cut to them."""
     known = text.vocabulary
-    return [word for word, ids in text.tokens.words(known) if len(ids) == 1] if known else []
+    words = [word for word, ids in text.tokens.words(known) if len(ids) == 1] if known else []
+    return [" ".join(some) for some in (words[-4:], words[:4]) if some]
