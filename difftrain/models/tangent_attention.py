@@ -40,23 +40,23 @@ def _able() -> bool:
     return find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def carried(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The values [B, H, T, d] of attention, and the log-sum-exp [B, H, T] of its scores."""
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+
+
+def carried(q: Tensor, k: Tensor, v: Tensor, values=flash) -> Tensor:
     """softmax(q k / sqrt(d)) v with the tangent that follows from those of q [B, H, T, d] and
-    k, v [B, H, S, d]: [B, H, T, d] in the precision of v."""
+    k, v [B, H, S, d]: [B, H, T, d] in the precision of v. `values` is a kernel without tangent."""
     pairs = [forward_ad.unpack_dual(x.to(v.dtype)) for x in (q, k, v)]
     primals = [pair.primal for pair in pairs]
     if all(pair.tangent is None for pair in pairs):
         return F.scaled_dot_product_attention(*primals)
     tangents = [torch.zeros_like(p) if t is None else t for p, t in pairs]
-    o, logsumexp = _flash(*primals)
+    o, logsumexp = values(*primals)
     return forward_ad.make_dual(o, _operator()(*primals, *tangents, o, logsumexp))
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The values [B, H, T, d] and the log-sum-exp of their scores [B, H, T]."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
 
 
 # ---- the tangent, as arithmetic
@@ -71,7 +71,7 @@ def tangent(q: Tensor, k: Tensor, v: Tensor, tq: Tensor, tk: Tensor, tv: Tensor)
 def from_logsumexp(q, k, v, tq, tk, tv, o: Tensor, logsumexp: Tensor) -> Tensor:
     """The same from attention's values o and the log-sum-exp [B, H, T] of its scores."""
     p = (q @ k.mT * q.shape[-1] ** -0.5 - logsumexp[..., None]).exp().to(q.dtype)
-    return _laid_out(q).copy_(_along(p, o, q, k, v, tq, tk, tv))
+    return torch.empty_like(o).copy_(_along(p, o, q, k, v, tq, tk, tv))
 
 
 def _along(p: Tensor, o: Tensor, q, k, v, tq, tk, tv) -> Tensor:
@@ -80,17 +80,11 @@ def _along(p: Tensor, o: Tensor, q, k, v, tq, tk, tv) -> Tensor:
     return h @ v - h.sum(dim=-1, keepdim=True) * o + p @ tv
 
 
-def _laid_out(q: Tensor, *_) -> Tensor:
-    """Room for an answer, heads inside tokens as what comes after reads them."""
-    batch, heads, tokens, width = q.shape
-    return q.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
 def _on_gpu(*tensors: Tensor) -> Tensor:
     from difftrain.models.tangent_kernel import launch
 
     with torch.cuda.device_of(tensors[0]):
-        return launch(*tensors, _laid_out(tensors[0]))
+        return launch(*tensors, _like_values(*tensors))
 
 
 # ---- the tangent, as an operator that functorch and torch.compile take as one
@@ -127,6 +121,11 @@ def _below(keyset, tensors: tuple[Tensor, ...]) -> Tensor:
         return _operator().redispatch(keyset & torch._C._after_autograd_keyset, *tensors)
 
 
+def _like_values(*tensors: Tensor) -> Tensor:
+    """Room for the tangent, laid out as o, beside which it will stand."""
+    return torch.empty_like(tensors[6])
+
+
 def _at_level(keyset, *tensors: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
         return _below(keyset, tensors)
@@ -141,7 +140,7 @@ def _register() -> torch.library.Library:
     library.impl(NAME, from_logsumexp, "CPU")
     library.impl(NAME, _on_gpu, "CUDA")
     library.impl(NAME, _at_level, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"{SPACE}::{NAME}", _laid_out, lib=library)
+    torch.library.register_fake(f"{SPACE}::{NAME}", _like_values, lib=library)
     return library
 
 

@@ -21,7 +21,7 @@ class Plan(NamedTuple):
 
 
 def plan(width: int) -> Plan:
-    """What was fastest for heads of this many numbers: `tools/bench_attention.py --plans`."""
+    """The plan for heads of this many numbers; `tools/bench_attention.py --plans` times others."""
     return Plan(128, 64, 8, 3) if width <= 64 else Plan(128, 32, 8, 2)
 
 
@@ -32,15 +32,21 @@ def launch(q, k, v, tq, tk, tv, o, logsumexp: Tensor, out: Tensor, way: Plan | N
     """
     batch, heads, rows, width = q.shape
     columns, way = k.shape[2], way or plan(width)
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, tq, tk, tv, o)]
+    tensors = [_in_eights(x) for x in (q, k, v, tq, tk, tv, o)]
     strides = [x.stride()[:3] for x in (*tensors, out)]
-    _tangent[triton.cdiv(rows, way.queries), batch * heads](
+    _tangent[(triton.cdiv(rows, way.queries) * batch * heads,)](
         *tensors, logsumexp.contiguous(), out, *strides, width**-0.5,
         HEADS=heads, ROWS=rows, COLUMNS=columns, WIDTH=width,
         LANES=max(16, triton.next_power_of_2(width)), QUERIES=way.queries, KEYS=way.keys,
         num_warps=way.warps, num_stages=way.stages,
     )  # fmt: skip
     return out
+
+
+def _in_eights(x: Tensor) -> Tensor:
+    """The tensor, laid out so that eight numbers of a head are read at once."""
+    *strides, last = x.stride()
+    return x if last == 1 and not any(n % 8 for n in strides) else x.contiguous()
 
 
 @triton.jit
@@ -53,9 +59,10 @@ def _tangent(
     """One head's tangent for a block of queries: h v - sum(h) o + p tv, where h = p * ts."""
     FULL: tl.constexpr = ROWS % QUERIES == 0 and WIDTH == LANES
     WHOLE: tl.constexpr = COLUMNS % KEYS == 0 and WIDTH == LANES
-    place = tl.program_id(1).to(tl.int64)
+    BLOCKS: tl.constexpr = (ROWS + QUERIES - 1) // QUERIES  # neighbours read the same keys
+    place = (tl.program_id(0) // BLOCKS).to(tl.int64)
     batch, head = place // HEADS, place % HEADS
-    row = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    row = tl.program_id(0) % BLOCKS * QUERIES + tl.arange(0, QUERIES)
     turned = _tile(q, q_at, batch, head, row, ROWS, WIDTH, LANES, FULL)
     along = _tile(tq, tq_at, batch, head, row, ROWS, WIDTH, LANES, FULL)
     level = tl.load(logsumexp + place * ROWS + row, row < ROWS, 0.0) * LOG2E
@@ -97,5 +104,6 @@ def _spots(
 ):
     """Where those tokens lie, and which of them there are."""
     lane = tl.arange(0, LANES)[None, :]
-    spot = x + batch * at[0] + head * at[1] + index[:, None] * at[2] + lane
+    before = tl.multiple_of(batch * at[0] + head * at[1], 8)
+    spot = x + before + tl.multiple_of(index[:, None] * at[2], (1, 8)) + lane
     return spot, (index[:, None] < COUNT) & (lane < WIDTH)

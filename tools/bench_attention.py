@@ -1,0 +1,164 @@
+"""Attention that is differentiated forward: matrix products against fused kernels.
+
+    python tools/bench_attention.py [--every] [--plans]
+
+Times one compiled call that gives values, their tangent and the gradient of the values, in bf16 on
+a GPU and small in fp32 on a CPU. Errors are against float64, as shares of the greatest number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from difftrain.models.attention import plain
+from difftrain.models.tangent_attention import carried, flash
+
+# samples, heads, tokens, numbers of a head
+SHAPES = [(16, 6, 1024, 64), (8, 16, 1024, 64), (32, 16, 1024, 64), (32, 16, 256, 64)]
+SHAPES += [(32, 16, 256, 72)]
+EVERY = list(itertools.product((8, 16, 32), (6, 16), (256, 1024), (64,)))
+SMALL = [(2, 2, 256, 64)]
+PLANS = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)]
+PLANS += [(64, 128, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3), (128, 32, 4, 3), (64, 32, 4, 2)]
+CALLS = 20
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of attention and the log-sum-exp of its scores, by cuDNN."""
+    o, logsumexp = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return o, logsumexp.reshape(o.shape[:3])
+
+
+WAYS: dict[str, Callable] = {
+    "matrix products": plain,
+    "flash": carried,
+    "cudnn": lambda q, k, v: carried(q, k, v, cudnn),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--every", action="store_true", help="every size, and not a few")
+    parser.add_argument("--plans", action="store_true", help="also times the kernel's plans")
+    args = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    place = torch.cuda.get_device_name() if gpu else platform.processor() or "a CPU"
+    lines = [f"{place}, torch {torch.__version__}, {'bf16' if gpu else 'fp32'}"]
+    if args.plans and gpu:
+        lines += [*plans(16, 6, 1024, 64), *plans(32, 16, 256, 72)]
+    lines += _row("samples heads tokens width", "way", "ms", "x", "MiB", "value", "tangent", "grad")
+    for shape in (EVERY if args.every else SHAPES) if gpu else SMALL:
+        lines += rows(shape, gpu)
+    print("\n".join(lines))
+
+
+def rows(shape: tuple[int, ...], gpu: bool) -> list[str]:
+    """A line for each way, with how much faster than matrix products it is."""
+    tensors, first, lines = drawn(shape, gpu), None, []
+    exact = answers(plain)(*(x[:1].double() for x in tensors))
+    for name, way in WAYS.items():
+        if name == "cudnn" and not gpu:
+            continue
+        compiled = torch.compile(answers(way), fullgraph=True, dynamic=False)
+        found = compiled(*tensors)
+        errors = [f"{off(a[:1], b):.1e}" for a, b in zip(found, exact, strict=True)]
+        errors = [*errors[:2], max(errors[2:], key=float)]
+        taken, most = timed(lambda run=compiled: run(*tensors), gpu)
+        first = first or taken
+        size = " ".join(map(str, shape))
+        lines += _row(size, name, f"{taken:.3f}", f"{first / taken:.2f}", f"{most:.0f}", *errors)
+        del found
+        torch.compiler.reset()
+    return lines
+
+
+def drawn(shape: tuple[int, ...], gpu: bool) -> list[Tensor]:
+    """q, k, v, their tangents and a gradient [B, T, H, d]."""
+    torch.manual_seed(0)
+    batch, heads, tokens, width = shape
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    size = (batch, tokens, heads, width)
+    return [torch.randn(size, device=device, dtype=dtype) for _ in range(7)]
+
+
+def answers(way: Callable) -> Callable:
+    """The function that gives values, their tangent, and the gradients for q, k and v."""
+
+    def loss(values, along, gradient):
+        def function(*values):
+            value = way(*(x.transpose(1, 2) for x in values)).transpose(1, 2)
+            return value, value
+
+        _, slope, value = torch.func.jvp(function, values, along, has_aux=True)
+        return (value * gradient).float().sum(), (value, slope.detach())
+
+    def run(q, k, v, tq, tk, tv, gradient):
+        call = torch.func.grad(loss, has_aux=True)
+        gradients, given = call((q, k, v), (tq, tk, tv), gradient)
+        return *given, *gradients
+
+    return run
+
+
+def off(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def timed(call: Callable, gpu: bool) -> tuple[float, float]:
+    """The median of a call in ms, and the most memory it had in MiB."""
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    for _ in range(3):
+        call()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    taken = []
+    for _ in range(CALLS):
+        wait()
+        begin = time.perf_counter()
+        call()
+        wait()
+        taken.append(1000 * (time.perf_counter() - begin))
+    most = torch.cuda.max_memory_allocated() / 2**20 if gpu else 0
+    return statistics.median(taken), most
+
+
+def plans(*shape: int) -> list[str]:
+    """A line for each plan of the kernel alone: its time, and what it makes of its arithmetic."""
+    from triton.runtime.errors import OutOfResources
+
+    from difftrain.models.tangent_kernel import Plan, launch
+
+    *tensors, _ = (x.transpose(1, 2) for x in drawn(shape, True))
+    given = (*tensors, *flash(*tensors[:3]), torch.empty_like(tensors[0]))
+    batch, heads, tokens, width = shape
+    work = 10 * batch * heads * tokens**2 * width
+    lines = [f"the kernel alone, {shape}: queries, keys, warps, stages"]
+    for plan in PLANS:
+        try:
+            launch(*given, Plan(*plan))
+        except OutOfResources:
+            lines.append(f"{plan!s:20} does not fit")
+            continue
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch(*given, Plan(*plan))
+        taken, _ = timed(graph.replay, True)
+        lines.append(f"{plan!s:20} {taken:7.3f} ms {work / taken / 1e9:7.0f} TFLOP/s")
+    return lines
+
+
+def _row(*cells: str) -> list[str]:
+    widths = (26, 16, 8, 6, 6, 8, 8, 8)
+    return [" ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True))]
+
+
+if __name__ == "__main__":
+    main()
