@@ -290,6 +290,9 @@ ONE_CAUSE = {
     "strategy = edm_precondition(data = 0)": "DIF130",
     "strategy = meanflow\n  times = 2": "DIF119",
     "strategy = [sct, scd]": "DIF120",
+    "t ~ normal(0, 1)": "DIF206",
+    "strategy = importance(uniform)": "DIF120",
+    "loss = dream * fit": "DIF120",
 }
 
 
@@ -301,6 +304,16 @@ def test_one_cause_is_one_finding(line, code):
 def test_a_base_is_applied_once_however_it_comes():
     assert said("trig", "flow", "strategy = [sct, scd]") == []
     assert said("trig", "flow", "strategy = [trig_flow, scd]") == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "written"),
+    [("w", "lcm.w"), ("lcm.ww", "lcm.w"), ("guesss", "guess"), ("lcm.w", "")],
+)
+def test_what_a_network_is_given_is_looked_for(inputs, written):
+    body = "process = ddpm, prediction_type = epsilon, strategy = lcm"
+    text = f"diff 1\nobjective o {{\n {body}\n backbone = custom(inputs = [{inputs}])\n}}\n"
+    assert [f.help for f in found_in(text)] == ([f"write `{written}`"] if written else [])
 
 
 def test_a_tap_is_one_of_the_blocks():

@@ -42,7 +42,7 @@ def odds(self: Derivation, expr: Call, frame: Frame) -> Term:
 def _reaches(usual: Term, moved: Term, law: Argument, other: Argument) -> None:
     """Every value of the usual law may come from the other as well. Raises Problem."""
     wanted, found = support(usual), support(moved)
-    if not wanted or not found:
+    if not wanted or not found or wanted.whole != found.whole:
         return
     slack = 1e-9 * max(1.0, abs(wanted.low))
     below = [v for v in wanted.values if v < found.low - slack]

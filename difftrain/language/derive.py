@@ -397,7 +397,7 @@ class Derivation:
             return mistakes.not_there(path, use, at)
         local = [*home.known("param"), *frame.env, *scope.locals, *scope.words]
         known = [*local, *self.equations.versions, *INPUTS, *NETS, *OPERATIONS, *LAWS, *SPECIAL]
-        return mistakes.unknown(name, [*known, *home.known("function")], at)
+        return mistakes.unknown(name, [*known, *home.known("function")], at, home)
 
 
 def _is_library_s_own(name: str, scope: Scope) -> bool:

@@ -6,14 +6,15 @@ import math
 from collections.abc import Sequence
 
 from difftrain.language.finding import Finding, Label
-from difftrain.language.names import is_shipped
+from difftrain.language.names import Names, is_shipped
 from difftrain.language.nearest import nearest
-from difftrain.language.operations import NAMES
+from difftrain.language.operations import LAWS, NAMES
 from difftrain.language.scope import Equations, Use, formals
 from difftrain.language.term import number
 from difftrain.language.tree import Argument, Call, Expr, Span
 from difftrain.language.worlds import Function
 
+BLOCKS = {"strategy": "strategy", "process": "process", "prediction": "prediction_type"}
 SLOTS = {"target": "prediction_type", "alpha": "process", "sigma": "process", "t": "process"}
 
 
@@ -39,11 +40,17 @@ def nothing(name: str, equations: Equations, reading: Sequence[str], at: Expr | 
     return Finding("DIF123", text, Label(span), because=because, help=hint)
 
 
-def unknown(name: str, known: Sequence[str], at: Expr | Argument) -> Finding:
+def unknown(name: str, known: Sequence[str], at: Expr | Argument, home: Names) -> Finding:
     """`name` means nothing here; `known` is what would."""
     close = nearest(name, known)
     span = at.head if isinstance(at, Call) else at.span
     hint = f"write `{close}`" if close else "define it here, or add it as a parameter"
+    if name in LAWS:
+        hint = f"write `{LAWS[name].partition(':')[0]}`"
+    for kind, slot in BLOCKS.items():
+        if home.find(kind, (name,)):
+            text = f"`{name}` is a {kind}, not a quantity"
+            return Finding("DIF120", text, Label(span), help=f"write `{slot} = {name}`")
     return Finding("DIF120", f"there is no `{name}`", Label(span), help=hint)
 
 

@@ -114,7 +114,7 @@ def _unknown_part(expr, names: Names, equations: Equations) -> Finding:
         text = f"there is no `{expr.dotted}`"
         return Finding("DIF120", text, Label(expr.span), help=f"write `{meant}`")
     known = [n for kind in PART_KINDS for n in names.known(kind)]
-    close = nearest(expr.dotted, known)
+    close = nearest(expr.dotted, known) or nearest(expr.dotted, equations.quantities)
     hint = f"write `{close}`" if close else "write a value, or the name of a part"
     if len(expr.path) > 1 and expr.path[0] not in names.spaces:
         hint = f"add `import std.{expr.path[0]}` at the top of the file"

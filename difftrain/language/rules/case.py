@@ -145,6 +145,8 @@ def shown(value: float) -> str:
     """A number as a person writes it in a sentence."""
     if value in (float("inf"), float("-inf")):
         return "infinity" if value > 0 else "minus infinity"
+    if value != value:
+        return "no number"
     return number(value if value == int(value) else float(f"{value:.3g}"))
 
 

@@ -30,7 +30,12 @@ def strategies(case: Case, found: list[Finding]) -> None:
         names = ", ".join(f"`{n}`" for n in dict.fromkeys(e.name for e in primes))
         because = f"it redefines {names}, and {NOTHING}" if names else "it redefines nothing"
         text = f"`{use.definition.name}` changes nothing here"
-        at, hint = Label(use.call.span), _shown(case, primes) or OUT
+        hint = _shown(case, primes)
+        if hint and any(
+            inside(f.at.span, case.objective.backbone.uses[0].call.span) for f in found
+        ):
+            continue  # the network was meant to be given it
+        at, hint = Label(use.call.span), hint or OUT
         found.append(Finding("DIF303", text, at, because=because, help=hint))
 
 

@@ -41,6 +41,18 @@ def averaging(spec: Spec, found: list[Finding]) -> None:
         found.append(Finding("DIF311", text, at, because=because, help=hint))
 
 
+def copies(case: Case, found: list[Finding]) -> None:
+    """Every averaged copy of the network has a decay in 0..1 at every step."""
+    if case.term("loss") is None or any(f.code == "DIF130" for f in found):
+        return
+    for name, decay in case.derivation.averages.items():
+        if because := _runs_away(decay):
+            text = f"the decay of `{name}` is not between 0 and 1"
+            at = Label(case.place(case.newest(name)))
+            hint = "write a number such as 0.95, or an expression in `step` that stays below 1"
+            found.append(Finding("DIF311", text, at, because=because, help=hint))
+
+
 def _runs_away(decay: Term | None) -> str:
     """At which step a decay is not between 0 and 1; nothing where it always is, or has no value."""
     if decay is None:

@@ -20,8 +20,8 @@ def singular(case: Case, found: list[Finding]) -> None:
     known = {n: case.term(n, ALONG) for n in ("alpha", "det", "x0_hat")}
     if not bad or prediction is None or None in known.values():
         return
-    if any(f.code == "DIF204" for f in found):
-        return  # a network that returns its input has nothing to read back
+    if any(f.code in ("DIF204", "DIF206") for f in found):
+        return  # a network that returns its input has nothing to read back; times to be changed
     touched = not case.times.whole and bad == [case.times.high] != [case.times.low]
     noise = abs(case.along(known["alpha"], at=bad[-1:])[0][0]) < ZERO
     at, names = f"at t = {shown(bad[-1])}", _names(case)

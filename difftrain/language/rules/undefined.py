@@ -53,9 +53,9 @@ def _first_failure(root: Term, everywhere: bool) -> tuple[Term, dict[Term, objec
     return last
 
 
-def _failing(root: Term, at: dict[Term, object], any_cause: bool):
+def _failing(root: Term, at: dict[Term, object], divided: bool):
     """The innermost term without a value under a root that has none; what is not taken of an `if`
-    does not count."""
+    does not count, and 0 / 0 only where it is `divided`."""
     term = root
     while _missing(at[term]):
         args = term.args
@@ -63,7 +63,8 @@ def _failing(root: Term, at: dict[Term, object], any_cause: bool):
             args = (args[1] if at[args[0]] is True or at[args[0]] == 1 else args[2],)
         inner = next((a for a in args if _missing(at[a])), None)
         if inner is None:
-            return (term, at) if any_cause or _outside(term, at) else None
+            told = _outside(term, at) or (divided and term.op == "div")
+            return (term, at) if told else None
         term = inner
     return None
 
@@ -77,17 +78,18 @@ def _missing(value: object) -> bool:
 def _outside(term: Term, at: dict[Term, object]) -> bool:
     """Whether an argument is one that the operation has no value for."""
     first = at[term.args[0]] if term.args else 0.0
-    least = min(first) if isinstance(first, list) else first
-    if not isinstance(least, (int, float)):
+    if isinstance(first, list):  # of a table every digit counts
+        return term.op in ("sqrt", "log", "pow") and min(first, default=0) < 0
+    if not isinstance(first, (int, float)):
         return False
     match term.op:
         case "sqrt" | "log":
-            return least < -SLIGHT
+            return first < -SLIGHT
         case "pow":
             power = at[term.args[1]]
-            return least < -SLIGHT and isinstance(power, float) and not power.is_integer()
+            return first < -SLIGHT and isinstance(power, float) and not power.is_integer()
         case "acos":
-            return abs(least) > 1 + SLIGHT
+            return abs(first) > 1 + SLIGHT
     return False
 
 
