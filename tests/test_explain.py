@@ -114,6 +114,33 @@ def test_run():
     assert "guidance u + 3 * (c - u), where 1 is none" in text
 
 
+@pytest.mark.parametrize(
+    ("law", "run", "says"),
+    [
+        ("t' = shift(t, 3)", "solver = euler", "times shifted by 3 as they were trained"),
+        (
+            "t' = shift(t, sqrt(numel(x0) / 4096))",
+            "solver = euler",
+            "times shifted as they were trained",
+        ),
+        (
+            "strategy = drop_condition(0.1)",
+            "guidance = 2, guidance_interval = 0.1..3, guidance_rescale = 0.5",
+            "where sigma / alpha is in [0.1, 3], rescaled by 0.5",
+        ),
+        ("", 'guidance = 2, guide = "runs/small"', "where 1 is none, u from runs/small"),
+    ],
+)
+def test_how_samples_are_made(law, run, says):
+    page = explain(spec_of(f"{FLOW}\n{law}", f"sample {{ {run} }}\n"))
+    assert says in " ".join(page.split())
+
+
+def test_a_shift_that_the_solver_states_is_not_that_of_training():
+    page = explain(spec_of(f"{FLOW}\nt' = shift(t, 3)", "sample { solver = euler(shift = 2) }\n"))
+    assert "as they were trained" not in page
+
+
 def test_an_earlier_version_has_a_number():
     lines = lines_of("process = ddpm\nprediction_type = epsilon\nstrategy = [offset_noise, dream]")
     assert lines["eps@1"] == "= eps@0 + 0.1 * offset_noise.level"

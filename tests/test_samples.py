@@ -28,6 +28,8 @@ def home(tmp_path_factory):
         assert main(["train", "tiny.diff"]) == 0
         other = ["--set", "process=ddpm(beta = linear)", "--steps", "1", "--out", "runs/other"]
         assert main(["train", "tiny.diff", *other]) == 0
+        pixels = ["--set", "backbone.codec=sd.pixels", "--steps", "1", "--out", "runs/pixels"]
+        assert main(["train", "tiny.diff", *pixels]) == 0
     return folder
 
 
@@ -137,11 +139,16 @@ def test_an_earlier_checkpoint_guides():
             "error: `runs/other` cannot guide this run: its process has other levels of noise, so"
             " the two estimate from different things; give a run of the same process",
         ),
+        (
+            "runs/pixels",
+            "error: `runs/pixels` cannot guide this run: it has another codec; give a run of the"
+            " same one",
+        ),
         ("runs/gone", "error: there is no run `runs/gone`: give a folder that training wrote"),
     ],
 )
 def test_what_cannot_guide_is_told(capsys, guide, says):
-    asked = ["sample", "runs/tiny", "--set", f"sample.guide={guide}"]
+    asked = ["sample", "runs/tiny", "--set", f"sample.guide={guide}", "-n", "1"]
     assert main(asked) == 2
     assert last_line(capsys) == says
 

@@ -1,11 +1,15 @@
 """Solvers of a user's own: made from ours, a function beside the spec, one of a package."""
 
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from difftrain.cli import main
+from difftrain.language.names import standard
+from difftrain.language.scope import formals
+from difftrain.sampling import grids, walks
 
 # x0_hat, noised again to only a share of the next level: a solver that is not in the library
 WALKER = """
@@ -144,3 +148,17 @@ def test_what_is_wrong_is_one_sentence(own, capsys, solver, says):
     own(solver)
     assert main(["train"]) == 2
     assert capsys.readouterr().err.strip().split("\n")[-1] == f"error: {says}"
+
+
+def test_each_solver_of_the_library_takes_its_options():
+    """The same names and the same defaults, beside those of its grid."""
+    (library,) = [names for names in standard() if ("solver", "euler") in names.own]
+    blocks = {d.name: d for (kind, _), d in library.own.items() if kind == "solver"}
+    assert blocks.keys() == walks.OURS.keys()
+    for name, definition in blocks.items():
+        usual = {n: f.default.span.text for n, (f, _) in formals(definition).items()}
+        own = {n: text for n, text in usual.items() if n not in grids.OPTIONS}
+        taken = list(signature(walks.OURS[name]).parameters.values())[4:]
+        assert own.keys() == {parameter.name for parameter in taken}
+        for parameter in taken:
+            assert type(parameter.default)(own[parameter.name]) == parameter.default

@@ -63,7 +63,7 @@ def linear(term: Term, unknowns: frozenset[Term]) -> dict[Term, Term]:
 
 
 def reaches(term: Term, leaves) -> bool:
-    """Whether one of the leaves is under the term."""
+    """Whether one of the leaves is under the term; how many numbers a leaf has says nothing of it."""
     seen, stack = set(), [term]
     while stack:
         top = stack.pop()
@@ -71,7 +71,7 @@ def reaches(term: Term, leaves) -> bool:
             return True
         if top not in seen:
             seen.add(top)
-            stack.extend(top.args)
+            stack.extend(() if top.op == "numel" else top.args)
     return False
 
 

@@ -14,7 +14,7 @@ from difftrain.language.equations import MAIN, Line, equations, labels, law
 from difftrain.language.finding import SpecError
 from difftrain.language.guidance import own_guidance
 from difftrain.language.horizon import horizon, own_shift
-from difftrain.language.part import Part
+from difftrain.language.part import written
 from difftrain.language.scope import Equation, Use, formals
 from difftrain.language.spec import Objective, Spec
 from difftrain.language.term import Term, const, is_const, show, walk
@@ -298,19 +298,10 @@ def _backbone(objective: Objective) -> str:
     return f"`{backbone.part.module}` reads {reads}"
 
 
-def _value(value) -> str:
-    match value:
-        case Part(module=module, options=options):
-            return f"{module}({', '.join(f'{k} = {_value(v)}' for k, v in options.items())})"
-        case tuple():
-            return f"[{', '.join(_value(v) for v in value)}]"
-    return str(value)
-
-
 def _train(run, objective: Objective) -> str:
-    kept = f"weights in fp32, averaged with decay {_value(run['ema'])}"
+    kept = f"weights in fp32, averaged with decay {written(run['ema'])}"
     return (
-        f"{_value(run['optimizer'])}, {run['steps']} steps, forwards in {run['precision']}, {kept}"
+        f"{written(run['optimizer'])}, {run['steps']} steps, forwards in {run['precision']}, {kept}"
     )
 
 
@@ -319,7 +310,15 @@ def _sample(run, objective: Objective) -> str:
     form = "no guidance" if w == 1 else f"guidance u + {w} * (c - u), where 1 is none"
     if objective.backbone and own_guidance(objective):
         form = f"guidance {w} inside the network, none outside"
-    return f"{_value(run['solver'])}{_shifted(run, objective)}, {form}"
+    ways = [f"{words} {written(run[name])}" for name, words in WAYS.items() if run.values.get(name)]
+    return ", ".join([f"{written(run['solver'])}{_shifted(run, objective)}", form, *ways])
+
+
+WAYS = {
+    "guidance_interval": "where sigma / alpha is in",
+    "guidance_rescale": "rescaled by",
+    "guide": "u from",
+}
 
 
 def _shifted(run, objective: Objective) -> str:
@@ -333,7 +332,7 @@ def _shifted(run, objective: Objective) -> str:
 
 
 def _data(run, objective: Objective) -> str:
-    return f"{_value(run['source'])}, {run['size']} px, {run['batch']} samples a step"
+    return f"{written(run['source'])}, {run['size']} px, {run['batch']} samples a step"
 
 
 RUNS: dict[str, Callable] = {"data": _data, "train": _train, "sample": _sample}

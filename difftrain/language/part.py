@@ -27,3 +27,14 @@ class Part:
     kind: str
     module: str
     options: Mapping[str, object]
+
+
+def written(value: object) -> str:
+    """The value of an option as it would stand in a spec."""
+    match value:
+        case Part(module=module, options=options):
+            inside = ", ".join(f"{name} = {written(v)}" for name, v in options.items())
+            return f"{module}({inside})"
+        case tuple():
+            return f"[{', '.join(map(written, value))}]"
+    return str(value)

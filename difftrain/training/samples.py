@@ -16,7 +16,7 @@ import difftrain
 from difftrain.compiler import lowering
 from difftrain.compiler.texts import versions
 from difftrain.language.options import Run
-from difftrain.language.part import Part
+from difftrain.language.part import Part, written
 from difftrain.language.spec import Objective
 from difftrain.sampling import grids
 from difftrain.sampling.model import Levels
@@ -177,7 +177,8 @@ def open_guide(model: Model, options: Run, size: int) -> Model | None:
     objective = bundle.read().objective()
     with importable(bundle.texts):
         guide = open_model(bundle, objective, checkpoint, size)
-    if guide.parts.codec.fingerprint() != model.parts.codec.fingerprint():
+    codecs = (guide.parts.codec, model.parts.codec)
+    if len({codec.fingerprint() for codec in codecs if hasattr(codec, "fingerprint")}) > 1:
         raise FolderError(
             f"`{options['guide']}` cannot guide this run: it has another codec; give a run of the"
             " same one"
@@ -245,17 +246,6 @@ def _settings(model: Model, options: Run, size: int, guide: Model | None) -> dic
 
 
 GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")
-
-
-def written(value: object) -> str:
-    """The value of an option as it would stand in a spec."""
-    match value:
-        case Part(module=module, options=options):
-            inside = ", ".join(f"{name} = {written(v)}" for name, v in options.items())
-            return f"{module}({inside})"
-        case tuple():
-            return f"[{', '.join(map(written, value))}]"
-    return str(value)
 
 
 def write_arrays(
