@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+ROOT = Path(__file__).parent.parent
 SPEC = """diff 1
 
 backbone wave(codec = raw) {
@@ -43,7 +44,8 @@ def network(shape):
 
 def _python(home: Path, cache: str, *argv: str) -> str:
     """What a new process says that finds nothing compiled in its cache."""
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(home / cache), "OMP_NUM_THREADS": "1"}
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(home / cache), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **env, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *argv]
     done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=env)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from torch._dynamo.utils import counters
 
 from difftrain.compiler import kept
 from difftrain.compiler.executable import Damaged, Shelf, pack, place
@@ -15,7 +14,7 @@ from difftrain.training.ahead import NoTarget, target
 from difftrain.training.bundle import compile_text
 from difftrain.training.stepper import Keeping
 
-FACTS = {"device": "a GPU", "torch": "2.11.0", "batch": 4, "size": 64}
+FACTS = {"device": "a GPU", "torch": "2.11.0", "batch": 4}
 CPU = torch.device("cpu")
 
 
@@ -28,12 +27,12 @@ def shelf(tmp_path):
 
 
 def test_it_is_there_as_it_was_put(shelf):
-    assert shelf.take(FACTS) is None and shelf.pages() == []
+    assert not shelf.has(FACTS) and shelf.pages() == []
     shelf.put(FACTS, b"first")
     shelf.put({**FACTS, "batch": 8}, b"second")
     assert shelf.take(FACTS) == b"first"
     assert shelf.take({**FACTS, "batch": 8}) == b"second"
-    assert shelf.take({**FACTS, "device": "another"}) is None
+    assert not shelf.has({**FACTS, "device": "another"})
     assert [(page["batch"], page["bytes"]) for page in shelf.pages()] == [(4, 5), (8, 6)]
     assert [p.name for p in shelf.path.parent.iterdir()] == ["file"]
     assert shelf.path.stat().st_mode & 0o111
@@ -54,7 +53,7 @@ def test_what_was_changed_is_not_used(shelf):
     page = {**FACTS, "sha256": "0" * 64, "bytes": 4}
     with zipfile.ZipFile(shelf.path, "a") as archive:
         archive.writestr(f"{place(FACTS)}.json", json.dumps(page))
-        archive.writestr(f"{place(FACTS)}.cache", b"data")
+        archive.writestr(f"{place(FACTS)}.step", b"data")
     with pytest.raises(Damaged, match="is not what was written there: compile the spec again"):
         shelf.take(FACTS)
 
@@ -62,28 +61,40 @@ def test_what_was_changed_is_not_used(shelf):
 # ---- from torch, and back
 
 
-@pytest.fixture
-def compiled(tmp_path, monkeypatch):
-    """A function that torch compiled, its caches having been empty."""
+def add(state, batch, modules, plan, tables):
+    state["sum"].add_(modules["student"](batch["x0"]).sum())
+    return {"sum": state["sum"] * 2}
+
+
+def _args() -> tuple:
+    torch.manual_seed(0)
+    state, batch = {"sum": torch.zeros(())}, {"x0": torch.ones(2, 3)}
+    return state, batch, {"student": torch.nn.Linear(3, 3)}, (), {}
+
+
+def test_a_step_comes_back_as_it_was(shelf, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    torch._dynamo.reset()
-    counters.clear()
-    x = torch.arange(4.0)
-    assert torch.compile(lambda x: x.sin() + 1)(x).allclose(x.sin() + 1)
+    wanted = add(*_args())["sum"]
+    made = Keeping(shelf, store=True).compiled(add, _args(), FACTS)
+    args = _args()
+    again = Keeping(shelf).compiled(add, args, FACTS)
+    assert made(*_args())["sum"].allclose(wanted)
+    assert again(*args)["sum"].allclose(wanted) and args[0]["sum"].allclose(wanted / 2)
+    assert [page["device"] for page in shelf.pages()] == ["a GPU"]
 
 
-def test_what_is_kept_is_said(shelf, compiled):
+def test_where_a_step_came_from_is_said(shelf, monkeypatch):
+    monkeypatch.setattr(kept, "found", lambda: False)
     line = "the step was compiled: 2.0 s to the first step"
-    absent = "this file has none for a GPU, torch 2.11.0 and these 4 samples of 64 px"
-    assert not kept.found()
+    absent = "this file has none for a GPU, torch 2.11.0 and these shapes"
     assert Keeping().told(FACTS, False, 2.0) == line
     assert (
         Keeping(shelf).told(FACTS, False, 2.0) == f"{line}; {absent}, and `--store` puts it there"
     )
-    assert shelf.pages() == []
-    stored = Keeping(shelf, store=True).told(FACTS, False, 2.0)
-    assert stored == f"{line}; it is now kept in `file`"
-    assert Keeping(shelf).give(FACTS) and not Keeping(shelf).give({**FACTS, "batch": 1})
+    kept_now = f"{line}; it is now kept in `file`"
+    assert Keeping(shelf, store=True).told(FACTS, False, 2.0) == kept_now
+    whence = "the compiled step is out of this file: 2.0 s to the first step"
+    assert Keeping(shelf).told(FACTS, True, 2.0) == whence
 
 
 def test_a_machine_is_known_by_what_a_step_depends_on():

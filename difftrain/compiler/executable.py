@@ -123,13 +123,15 @@ class Shelf:
             names = [n for n in archive.namelist() if n.startswith(COMPILED)]
             return [json.loads(archive.read(n)) for n in names if n.endswith(".json")]
 
-    def take(self, facts: Mapping) -> bytes | None:
-        """The compiled step for these facts, if there is one. Raises Damaged."""
+    def has(self, facts: Mapping) -> bool:
+        with zipfile.ZipFile(self.path) as archive:
+            return f"{place(facts)}.json" in archive.namelist()
+
+    def take(self, facts: Mapping) -> bytes:
+        """The compiled step for these facts. Raises Damaged, and KeyError where there is none."""
         name = place(facts)
         with zipfile.ZipFile(self.path) as archive:
-            if f"{name}.json" not in archive.namelist():
-                return None
-            page, data = json.loads(archive.read(f"{name}.json")), archive.read(f"{name}.cache")
+            page, data = json.loads(archive.read(f"{name}.json")), archive.read(f"{name}.step")
         if sha256(data).hexdigest() != page["sha256"]:
             raise Damaged(
                 f"the compiled step in `{self.path}` is not what was written there:"
@@ -145,7 +147,7 @@ class Shelf:
         def write(partial: Path) -> None:
             shutil.copyfile(self.path, partial)
             with zipfile.ZipFile(partial, "a") as archive:
-                _add(archive, f"{place(facts)}.cache", data)
+                _add(archive, f"{place(facts)}.step", data)
                 _add(archive, f"{place(facts)}.json", json.dumps(page, indent=2).encode())
 
         _replaced(self.path, write)

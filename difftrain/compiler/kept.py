@@ -1,17 +1,21 @@
-"""What torch made of a step, as bytes: taken out of a process that compiled it, given to one that
-has not.
+"""A compiled step as bytes: taken out of a process that compiled it, given to one that has not.
 
-The bytes are entries of torch's own compile caches, by the keys that torch finds them under. torch
-reads what is in an entry with pickle, so bytes are as much to be trusted as a program: they are
-given to torch only out of the executable that is being run, and only unchanged.
+What comes back needs no tracing. torch reads such bytes with pickle, so they are as much to be
+trusted as a program: they are only read out of the executable that is being run, and only
+unchanged.
 """
 
 from __future__ import annotations
 
+import io
 import platform
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 Facts = dict[str, object]  # what a compiled step is only good for
@@ -39,21 +43,41 @@ def _triton() -> str:
         return "none"
 
 
-def take() -> bytes:
-    """Everything that this process compiled or found compiled. Raises NotKept."""
-    made = torch.compiler.save_cache_artifacts()
-    if made is None:
-        raise NotKept("torch keeps nothing of what it compiles: its caches are turned off here")
-    return made[0]
+def compiled(step: Callable, args: tuple) -> Callable:
+    """The step compiled for arguments like these, and for no others: it looks at none again."""
+    with torch._dynamo.config.patch(enable_aot_compile=True):
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        wrapped = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        return wrapped.aot_compile((args, {}))
 
 
-def give(data: bytes) -> None:
-    """Puts what another process took into the caches of this one."""
-    torch.compiler.load_cache_artifacts(data)
+def take(function: Callable, outside: Mapping[str, object]) -> bytes:
+    """The bytes of a `compiled` step; the objects `outside` are not in them. Raises NotKept."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "step")
+        try:
+            function.save_compiled_function(str(path), external_data=dict(outside))
+        except RuntimeError as cause:
+            reason = str(cause).partition("\n")[0]
+            raise NotKept(f"torch cannot hand out this compiled step ({reason})") from cause
+        return path.read_bytes()
+
+
+def give(data: bytes, step: Callable, outside: Mapping[str, object]) -> Callable:
+    """The step that was taken, with the like of what was outside it then."""
+    return torch.compiler.load_compiled_function(
+        io.BytesIO(data), f_globals=step.__globals__, external_data=dict(outside)
+    )
+
+
+def outside(modules: Mapping[str, nn.Module], plan: object) -> dict[str, object]:
+    """What a step is called with that is no tensor, by names that are the same in every run."""
+    parts = {f"{n}.{path}": m for n, top in modules.items() for path, m in top.named_modules()}
+    return {**parts, "plan": plan}
 
 
 def found() -> bool:
-    """Whether all that this process asked torch to compile was found in its caches."""
+    """Whether all that this process compiled was found in the caches of this machine."""
     graphs, steps = counters["inductor"], counters["aot_autograd"]
     missed = (graphs["fxgraph_cache_miss"], graphs["fxgraph_cache_bypass"])
     missed += (steps["autograd_cache_miss"], steps["autograd_cache_bypass"])

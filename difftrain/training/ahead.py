@@ -46,9 +46,11 @@ def target(asked: str, bundle: Bundle) -> torch.device | None:
 
 
 def compiled_for(bundle: Bundle, device: torch.device) -> tuple[kept.Facts, bytes]:
-    """The compiled step of a bundle, and what it is only good for: one step of random weights is
-    made, on a batch of nothing. Raises DataError where the data are not here, which the words of an
-    encoder come from; NotKept, NoCompiler."""
+    """The compiled step of a bundle, and what it is only good for; nothing is computed.
+
+    Raises DataError where the data are not here, which the words of an encoder come from; NotKept,
+    NoCompiler.
+    """
     spec = bundle.read()
     objective = spec.objective()
     data, train = block(spec, "data"), block(spec, "train")
@@ -62,9 +64,10 @@ def compiled_for(bundle: Bundle, device: torch.device) -> tuple[kept.Facts, byte
         names = [*map(copy_of, parts.averages), *averages.tracked(recipe(spec))]
         first = state.fresh(parts.weights, train["seed"], 1, names, train["precision"])
         fed = _batch(parts, data["batch"], data["size"], step_inputs(objective).image)
-        step = lowering.compiled(made.step.step)
-        step(first, fed, parts.modules, parts.plan, made.tables["step"])
-    return facts(bundle, parts.weights, data["batch"], data["size"]), kept.take()
+        args = (first, fed, parts.modules, parts.plan, made.tables["step"])
+        step = kept.compiled(made.step.step, args)
+        taken = kept.take(step, kept.outside(parts.modules, parts.plan))
+    return facts(bundle, parts.weights, fed), taken
 
 
 def _batch(parts: Parts, count: int, size: int, image: bool) -> dict[str, Tensor]:

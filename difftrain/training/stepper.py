@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,11 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
-def facts(bundle: Bundle, weights: Tensor, batch: int, size: int) -> kept.Facts:
+def facts(bundle: Bundle, weights: Tensor, batch: Mapping[str, Tensor]) -> kept.Facts:
     """What a compiled step of a bundle is only good for: a machine, the graph, the shapes."""
-    shapes = {"batch": batch, "size": size, "weights": weights.numel()}
-    return {**kept.machine(weights.device), "graph": bundle.manifest["graph"], **shapes}
+    shapes = {name: list(value.shape) for name, value in batch.items()}
+    shapes |= {"weights": list(weights.shape)}
+    return {**kept.machine(weights.device), "graph": bundle.manifest["graph"], "shapes": shapes}
 
 
 @dataclass(frozen=True)
@@ -39,34 +41,35 @@ class Keeping:
     shelf: Shelf | None = None
     store: bool = False
 
-    def give(self, facts: kept.Facts) -> bool:
-        """Whether there is a compiled step for these facts; torch then has it."""
-        data = self.shelf.take(facts) if self.shelf else None
-        if data is not None:
-            kept.give(data)
-        return data is not None
+    def has(self, facts: kept.Facts) -> bool:
+        """Whether the file has a compiled step for these facts."""
+        return self.shelf is not None and self.shelf.has(facts)
 
-    def told(self, facts: kept.Facts, given: bool, seconds: float) -> str:
-        """One line on where the compiled step came from; it is put where it is to be kept."""
+    def compiled(self, step: Callable, args: tuple, facts: kept.Facts) -> Callable:
+        """The step for arguments like these: as it is kept, or to be compiled."""
+        if self.has(facts):
+            return kept.give(self.shelf.take(facts), step, kept.outside(*args[2:4]))
+        if self.shelf is None or not self.store:
+            return lowering.compiled(step)
+        made = kept.compiled(step, args)
+        self.shelf.put(facts, kept.take(made, kept.outside(*args[2:4])))
+        return made
+
+    def told(self, facts: kept.Facts, had: bool, seconds: float) -> str:
+        """One line on where the step came from, the file having `had` it before or not."""
         took = f"{seconds:.1f} s to the first step"
-        if kept.found():
-            whence = "out of this file" if given else "compiled on this machine before"
-            line = f"the compiled step is {whence}: {took}"
-        else:
-            line = f"the step was compiled: {took}"
-        if self.shelf is None or given:
+        if had:
+            return f"the compiled step is out of this file: {took}"
+        whence = "was found compiled on this machine" if kept.found() else "was compiled"
+        line = f"the step {whence}: {took}"
+        if self.shelf is None:
             return line
-        if not self.store:
-            return f"{line}; {_absent(facts)}, and `--store` puts it there"
-        self.shelf.put(facts, kept.take())
-        return f"{line}; it is now kept in `{self.shelf.path.name}`"
-
-
-def _absent(facts: kept.Facts) -> str:
-    return (
-        f"this file has none for {facts['device']}, torch {facts['torch']} and these"
-        f" {facts['batch']} samples of {facts['size']} px"
-    )
+        if self.store:
+            return f"{line}; it is now kept in `{self.shelf.path.name}`"
+        return (
+            f"{line}; this file has none for {facts['device']}, torch {facts['torch']} and these"
+            " shapes, and `--store` puts it there"
+        )
 
 
 class Stepper:
@@ -109,20 +112,19 @@ class Stepper:
         choice = lowering.choose(session.train["compile"], kind, self.left, seconds)
         say(choice.because)
         self.fresh = choice.compiled
-        self.step = lowering.compiled(self.step) if choice.compiled else self.step
-        if kind == "cuda":
+        if kind == "cuda" and not choice.compiled:
             self.step = lowering.Replayed(self.step)
 
-    def _first(self, *args) -> dict[str, Tensor]:
+    def _first(self, state, batch: dict[str, Tensor], *rest) -> dict[str, Tensor]:
         """The first call of a compiled step, which compiles it or finds it compiled."""
-        started, session = time.perf_counter(), self.session
-        self.fresh = False
-        data, weights = session.data, session.parts.weights
-        good_for = facts(session.bundle, weights, data["batch"], data["size"])
-        given = session.keeping.give(good_for)
-        log = self.step(*args)
-        if weights.device.type == "cuda":
+        started, keeping, cuda = time.perf_counter(), self.session.keeping, batch["x0"].is_cuda
+        good_for, self.fresh = facts(self.session.bundle, state["weights"], batch), False
+        had = keeping.has(good_for)
+        step = keeping.compiled(self.step, (state, batch, *rest), good_for)
+        self.step = lowering.Replayed(step) if cuda else step
+        log = self.step(state, batch, *rest)
+        if cuda:
             torch.cuda.synchronize()
         lowering.no_more_compiling()
-        say(session.keeping.told(good_for, given, time.perf_counter() - started))
+        say(keeping.told(good_for, had, time.perf_counter() - started))
         return log
