@@ -63,7 +63,7 @@ def linear(term: Term, unknowns: frozenset[Term]) -> dict[Term, Term]:
 
 
 def reaches(term: Term, leaves) -> bool:
-    """Whether one of the leaves is under the term; how many numbers a leaf has says nothing of it."""
+    """Whether one of the leaves is under the term; `numel` of it says nothing of its value."""
     seen, stack = set(), [term]
     while stack:
         top = stack.pop()
