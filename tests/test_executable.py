@@ -133,8 +133,8 @@ def test_an_unknown_setting_is_a_finding(home, capsys):
 
 def test_what_may_be_set_leaves_the_step_as_it_is(home):
     step = {"precision", "optimizer", "warmup", "decay", "clip", "ema"}
-    listed = {kind: set(schema(kind)) for kind in RUNTIME}
-    assert listed == {k: {*v, *(step if k == "train" else ())} for k, v in RUNTIME.items()}
+    for kind in ("data", "train", "sample"):
+        assert set(schema(kind)) == {*RUNTIME[kind], *(step if kind == "train" else ())}
     values = {"data.size": "32px", "data.batch": "2", "train.steps": "9", "train.seed": "3"}
     values |= {"data.captions": "any", "sample.guidance": "3", "train.resume_from": "auto"}
     changed = compile_spec(home / "tiny.diff", values)
