@@ -18,7 +18,7 @@ from difftrain.sampling.solvers import Pair, start
 
 # Relative errors in norm that are allowed; bf16 has three bits fewer than fp16.
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-SAMPLES = 2
+SAMPLES = 2  # that are compared, where batches may be of so many
 Call = Callable[[str, Mapping[str, Tensor]], tuple[Tensor, ...]]  # (piece, its inputs by name)
 
 
@@ -71,7 +71,8 @@ def gate(run: Opened, made: Mapping[str, Piece], call: Call, precision: str) -> 
         eager = sampled(run)
         final, passed = _walked(run, made, call, eager)
         pictures = Decode(run.parts.codec, torch.float32, not run.arrays)(eager.latents)
-        text = call("text", {"ids": probe(run, SAMPLES)})[0] if "text" in made else None
+        ids = probe(run, len(eager.latents))
+        text = call("text", {"ids": ids.to(run.device)})[0] if "text" in made else None
         report = Report(
             TOLERANCE[precision],
             _backbone(run, made, call, eager),
@@ -85,21 +86,23 @@ def gate(run: Opened, made: Mapping[str, Piece], call: Call, precision: str) -> 
 
 def sampled(run: Opened) -> Eager:
     """The run's own solver, with its own network, for the first samples of its seed."""
-    told = conditions(run)
-    plain = run.eager(told.get("cond"), told.get("null"), SAMPLES)
+    low, high = run.batch
+    count = min(max(low, SAMPLES), high)
+    told = conditions(run, count)
+    plain = run.eager(told.get("cond"), told.get("null"), count)
     model = Recorded(**{f.name: getattr(plain, f.name) for f in fields(plain)})
-    draws = run.draws(SAMPLES)
-    like = torch.zeros(SAMPLES, *run.shape, device=run.device)
+    draws = run.draws(count)
+    like = torch.zeros(count, *run.shape, device=run.device)
     latents = run.walk(model, start(model, like, run.grid, draws), run.grid, draws)
     return Eager(told, lambda draw: draws.noise(draw, like), model, latents)
 
 
-def conditions(run: Opened) -> dict[str, Tensor]:
+def conditions(run: Opened, count: int) -> dict[str, Tensor]:
     """The conditions that an export is tried with, and the empty one where it is read."""
     text = run.parts.modules.get("text")
     if text is None:
         return {}
-    told = {"cond": text(probe(run, SAMPLES).to(run.device))}
+    told = {"cond": text(probe(run, count).to(run.device))}
     return told | ({"null": text(run.parts.null_ids(run.device))} if run.guided else {})
 
 

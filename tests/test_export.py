@@ -1,0 +1,242 @@
+"""`difftrain export`: files that sample as the run does, or no files."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
+import exported
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from difftrain.cli import main
+from difftrain.export import parity
+from difftrain.export.errors import ExportError, Parted
+from difftrain.export.modules import PRECISIONS, pieces
+from difftrain.export.opened import opened
+from difftrain.export.trace import traced
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with every spec; runs are trained when they are asked for."""
+    folder = tmp_path_factory.mktemp("home")
+    exported.write(folder)
+    return folder
+
+
+@pytest.fixture
+def run(home, monkeypatch):
+    """The folder of a finished run by the name of its spec."""
+    monkeypatch.chdir(home)
+    return exported.train
+
+
+@contextmanager
+def made(run: str, precision: str = "fp32", **changes: str):
+    """(the opened run, its pieces) with other options of `sample`."""
+    asked = {f"sample.{name}": value for name, value in changes.items()}
+    with opened(run, "onnx", asked) as it:
+        yield it, pieces(it, precision)
+
+
+def told(capsys) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# ---- modules against the solver
+
+
+STEPPED = {"unet": "dpm_solver_pp(steps = 20)", "classes": "heun(steps = 6)"}
+STEPPED |= {"arrays": "euler_maruyama(steps = 12)", "shown": "ddim(steps = 10)"}
+
+
+@pytest.mark.parametrize("name", ["unet", "classes", "jump", "arrays", "shown"])
+def test_an_unrolled_sampler_is_the_run(run, name):
+    with made(run(name)) as (it, parts):
+        assert {"text"} & parts.keys() == ({"text"} if name in ("unet", "jump") else set())
+        assert "sampler" in parts and "step" not in parts
+        report = parity.gate(it, parts, parity.bare(parts), "fp32")
+    assert report.backbone < 1e-5 and report.latents < 1e-5 and report.decode < 1e-5
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_loop_of_steps_is_the_run(run, name):
+    with made(run(name), solver=STEPPED[name]) as (it, parts):
+        assert "step" in parts and "sampler" not in parts
+        assert len(it.table.rows) > 8
+        assert parity.gate(it, parts, parity.bare(parts), "fp32").latents < 2e-5
+
+
+def test_guidance_is_inside(run):
+    """In an interval of noise levels, and rescaled."""
+    ways = {"guidance_interval": "0.1..3", "guidance_rescale": "0.7"}
+    with made(run("unet"), **ways) as (it, parts):
+        asked = parts["backbone"].inputs
+        assert parity.gate(it, parts, parity.bare(parts), "fp32").latents < 1e-5
+    with made(run("unet"), guidance="1") as (_, plain):
+        assert "null" in asked and "null" not in plain["backbone"].inputs
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_schedule_stays_in_single_precision(run, precision):
+    with made(run("unet"), precision) as (it, parts):
+        network = parts["backbone"].module.network.network
+        assert {p.dtype for p in network.parameters()} == {PRECISIONS[precision]}
+        assert all(b.dtype == torch.float32 for b in parts["backbone"].module.tables.buffers())
+        report = parity.gate(it, parts, parity.bare(parts), precision)
+    assert 1e-6 < report.latents < parity.TOLERANCE[precision]
+
+
+def test_pictures_are_those_of_sample(run, tmp_path):
+    """The exported noise is that of `difftrain sample`, and so are the pictures."""
+    where = tmp_path / "all.npz"
+    drawn = ["sample", run("unet"), "--save", str(where), "-o", str(tmp_path / "grid.png")]
+    assert main([*drawn, "--prompt", "picture a", "-n", "2"]) == 0
+    with made("runs/unet") as (it, parts), torch.no_grad():
+        eager = parity.sampled(it)
+        (latents,) = parity.bare(parts)("sampler", sampler_inputs(it, eager))
+        pictures = parts["decode"].module(latents)
+    with np.load(where) as file:
+        theirs = torch.from_numpy(file["pictures"]).float() / 255
+    assert (pictures - theirs).abs().max() < 0.51 / 255
+
+
+def sampler_inputs(it, eager) -> dict:
+    noises = [eager.noise(draw) for draw in it.table.draws]
+    more = {"noises": torch.stack(noises)} if noises else {}
+    return {"noise": eager.noise(0), **eager.told, **more}
+
+
+# ---- ONNX
+
+
+@pytest.mark.parametrize("name", ["unet", "classes", "jump", "arrays"])
+def test_onnx_files_sample_in_any_batch(run, name, tmp_path, capsys):
+    folder = tmp_path / "made"
+    assert main(["export", run(name), "--to", "onnx", "-o", str(folder)]) == 0
+    assert capsys.readouterr().out.strip().endswith(str(folder))
+    about = json.loads((folder / "manifest.json").read_text())
+    assert {f"{p}.onnx" for p in about["pieces"]} | {"manifest.json"} == {
+        p.name for p in folder.iterdir()
+    }
+    assert about["errors"]["latents"] < 1e-4 and about["precision"] == "fp32"
+    with made(run(name)) as (_, parts), torch.no_grad():
+        for count in (1, 3):
+            inputs = parts["sampler"].example(count)
+            theirs = parts["sampler"].module(**inputs)
+            torch.testing.assert_close(
+                asked(folder / "sampler.onnx", inputs), theirs, rtol=1e-4, atol=1e-4
+            )
+
+
+def asked(file, inputs) -> torch.Tensor:
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {n: v.numpy() for n, v in inputs.items()})
+    return torch.from_numpy(found)
+
+
+def test_a_long_solver_is_one_step_and_a_table(run, tmp_path):
+    folder = tmp_path / "made"
+    solver = "sample.solver=dpm_solver_pp(steps = 20)"
+    assert main(["export", run("unet"), "--to", "onnx", "-o", str(folder), "--set", solver]) == 0
+    about = json.loads((folder / "manifest.json").read_text())
+    assert "step" in about["pieces"] and len(about["table"]["rows"]) == 20
+    assert about["table"]["columns"] == ["x", "x0_hat", "eps_hat", "x0_hat 1 ago", "noise"]
+    assert about["pieces"]["step"]["inputs"]["kept"]["shape"] == [1, "batch", 3, 16, 16]
+    assert about["condition"]["kind"] == "text" and about["condition"]["length"] == 8
+
+
+# ---- packages
+
+
+def test_packages_sample_as_the_run(run, tmp_path):
+    folder = tmp_path / "made"
+    assert main(["export", run("arrays"), "--to", "pt2", "-o", str(folder)]) == 0
+    about = json.loads((folder / "manifest.json").read_text())
+    assert about["device"] == "cpu" and about["errors"]["latents"] < 1e-4
+    loaded = torch._inductor.aoti_load_package(str(folder / "sampler.pt2"))
+    with made(run("arrays")) as (_, parts), torch.no_grad():
+        inputs = parts["sampler"].example(5)
+        torch.testing.assert_close(loaded(**inputs), parts["sampler"].module(**inputs))
+
+
+# ---- refusals
+
+
+def test_what_parts_from_the_run_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(parity.TOLERANCE, "fp32", 0.0)
+    folder = tmp_path / "made"
+    assert main(["export", run("arrays"), "--to", "onnx", "-o", str(folder)]) == 4
+    line = told(capsys)
+    assert line.startswith("error: what was exported parts from the run: the relative error of")
+    assert line.endswith("and 0e+00 is allowed in fp32; export to another target")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_evaluation_where_they_part_is_named(run):
+    """A network that goes wrong from the third evaluation on."""
+    with made(run("arrays"), solver="euler(steps = 12)") as (it, parts):
+        ask, wrong = parity.bare(parts), it.table.rows[2].t
+
+        def call(name, inputs):
+            found = ask(name, inputs)
+            bad = name == "step" and inputs["t"].item() == pytest.approx(wrong)
+            return (found[0] * 1.1, *found[1:]) if bad else found
+
+        with pytest.raises(Parted, match=r"`latents` is .*, from evaluation 3 of 12 on"):
+            parity.gate(it, parts, call, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--to", "toaster"], "error: there is no target `toaster`: it is one of `onnx`, `pt2`,"),
+        (["--to", "onnx", "-o", "photos"], "error: `photos` is there already: say with `-o` where"),
+        (
+            ["--to", "onnx", "--set", "train.steps=3"],
+            "error: `train.steps` is not read here: set an option of `sample` or `data` or",
+        ),
+        (["--to", "onnx", "--weights", "w"], "error: there is no file `w`: give a checkpoint, or"),
+        (
+            ["--to", "onnx", "--set", "sample.guide=runs/arrays"],
+            "error: `guide = runs/arrays` is a second network, and what is exported has one: leave",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(run, capsys, more, line):
+    capsys.readouterr()
+    assert main(["export", run("arrays"), *more]) == 2
+    assert told(capsys).startswith(line)
+
+
+def test_a_checkpoint_of_another_spec_is_told(run, capsys):
+    run("arrays"), run("shown")
+    other = "runs/shown/checkpoints/step-000000003.safetensors"
+    assert main(["export", "runs/arrays", "--to", "onnx", "--weights", other]) == 2
+    assert "belongs to another objective (graph " in told(capsys)
+
+
+def test_a_network_that_cannot_be_traced_is_told(run, monkeypatch):
+    class Reads(torch.nn.Module):
+        def forward(self, latents):
+            return latents if latents.sum().item() > 0 else -latents
+
+    with made(run("arrays")) as (_, parts), pytest.raises(ExportError) as problem:
+        traced("decode", replace(parts["decode"], module=Reads()), (1, 4))
+    assert str(problem.value).startswith("`decode` cannot be traced for batches of 1 to 4 (")
+
+
+# ---- the block
+
+
+def test_targets_have_options(run):
+    asked = {"export.onnx.precision": "fp16", "export.onnx.batch": "2..4"}
+    with opened(run("arrays"), "onnx", asked) as it:
+        assert it.target["precision"] == "fp16" and it.batch == (2, 4)
+    with opened(run("arrays"), "onnx", {"export.onnx.batch": "3"}) as it:
+        assert it.batch == (3, 3)
+        parts = pieces(it, "fp32")
+        assert parity.gate(it, parts, parity.bare(parts), "fp32").latents < 1e-5
+        assert len(parity.sampled(it).latents) == 3
