@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from difftrain.cli import main
+from difftrain.language.check import check
 from difftrain.language.names import standard
 from difftrain.language.scope import formals
+from difftrain.language.tree import Source
 from difftrain.sampling import grids, walks
 
 # x0_hat, noised again to only a share of the next level: a solver that is not in the library
@@ -162,3 +164,14 @@ def test_each_solver_of_the_library_takes_its_options():
         assert own.keys() == {parameter.name for parameter in taken}
         for parameter in taken:
             assert type(parameter.default)(own[parameter.name]) == parameter.default
+
+
+def test_an_option_that_waits_for_another_is_told():
+    text = (
+        "diff 1\nobjective o { process = linear, prediction_type = flow, backbone = custom }\n"
+        "sample { solver = heun(s_noise = 1.01, s_churn = 0) }\n"
+    )
+    (told,) = check(Source("a.diff", text))[1]
+    assert (told.code, told.message) == ("DIF301", "`s_noise` of `heun` is set and never read")
+    assert told.because == "`s_churn` is 0" and told.at.span.text == "s_noise = 1.01"
+    assert not check(Source("a.diff", text.replace("s_churn = 0", "s_churn = 5")))[1]

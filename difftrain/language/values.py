@@ -26,6 +26,8 @@ from difftrain.language.worlds import HERE, Frame, Problem
 
 # ---- parts
 
+FOR_RULES = ("reads", "together")  # what a block says for rules: quantities, and options
+
 
 def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[Use]) -> Part:
     """The part that a use of a backbone, encoder or codec block declares."""
@@ -41,7 +43,7 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
         for node in block.node.body:
             if isinstance(node, Define) and node.name == "module":
                 module = node.value.value if isinstance(node.value, Text) else node.value.dotted
-            elif isinstance(node, Define) and node.name != "reads":  # quantities: for a rule
+            elif isinstance(node, Define) and node.name not in FOR_RULES:
                 local = Scope(use.label, block.home, {n: n for n in options})
                 options[node.name] = read_value(node.value, local, equations, found, (), uses)
     return Part(definition.kind, module, options)

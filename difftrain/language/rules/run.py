@@ -14,7 +14,7 @@ from difftrain.language.rules.case import Case, shown
 from difftrain.language.scope import lineage
 from difftrain.language.spec import Spec, top_line
 from difftrain.language.term import Term, is_const, walk
-from difftrain.language.tree import Block, Call, Define, ListOf, Name, Redefine
+from difftrain.language.tree import Block, Call, Define, Expr, ListOf, Name, Redefine
 from difftrain.language.worlds import Problem
 
 STEPS = (1, 2, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -131,6 +131,7 @@ def solver(case: Case, found: list[Finding]) -> None:
     if definition is None or case.term("loss") is None:
         return
     said = {s.name: s.value for d in lineage(definition) for s in d.node.body}
+    found += _idle(case, run, said.get("together"))
     for item in said["reads"].items if isinstance(said.get("reads"), ListOf) else ():
         problem = lacking(case.objective, item.dotted)
         if problem or case.term(item.dotted) is None:
@@ -138,14 +139,33 @@ def solver(case: Case, found: list[Finding]) -> None:
             return
 
 
+def _idle(case: Case, run: Run, together: Expr | None) -> Iterator[Finding]:
+    """Options that the call of a solver sets, and that count for nothing where the first of those
+    that go `together` is 0."""
+    call, part = _called(case.spec), run["solver"]
+    if not isinstance(together, ListOf) or not isinstance(call, Call) or part is None:
+        return
+    switch, *others = (item.dotted for item in together.items)
+    for argument in call.args if part.options[switch] == 0 else ():
+        if argument.name in others:
+            text = f"`{argument.name}` of `{call.dotted}` is set and never read"
+            because, hint = f"`{switch}` is 0", f"set `{switch}`, or leave `{argument.name}` out"
+            yield Finding("DIF301", text, Label(argument.span), because=because, help=hint)
+
+
 def _solver(spec: Spec) -> Definition | None:
     """The solver that samples, by the block of the file or the library's default."""
+    value = _called(spec)
+    return spec.names.find("solver", value.path) if isinstance(value, (Name, Call)) else None
+
+
+def _called(spec: Spec) -> Expr:
+    """What stands for the solver, in the file or by default."""
     blocks = [n for n in spec.tree.body if isinstance(n, Block) and n.kind == "sample"]
     named = [
         s.value for b in blocks for s in b.body if isinstance(s, Define) and s.name == "solver"
     ]
-    value = named[-1] if named else schema("sample")["solver"][0].default
-    return spec.names.find("solver", value.path) if isinstance(value, (Name, Call)) else None
+    return named[-1] if named else schema("sample")["solver"][0].default
 
 
 def _no_solver(case: Case, run, name: str, quantity: str, problem: Finding | None) -> Finding:
