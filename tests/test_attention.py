@@ -107,6 +107,21 @@ def test_gradients_are_those_of_matrix_products(stopped, compiled):
         torch.testing.assert_close(one, wanted)
 
 
+def test_it_compiles_after_a_call_without_tangent():
+    q, k, v, *along = drawn(9, 9, 8)
+
+    def loss(q):
+        with torch.no_grad():
+            before = carried(q, k, v)
+        value, slope = both(carried, (q, k, v), along)
+        return (value - before - slope.detach()).square().mean()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")
+    assert off(compiled(q), torch.func.grad(loss)(q)) < 1e-12
+
+
+
 def test_ordinary_gradients_pass_too():
     tensors = [x.requires_grad_() for x in drawn(16, 16, 8)]
     o, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors[:3])

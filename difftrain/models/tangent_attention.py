@@ -15,6 +15,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+LEVEL = 0  # torch has one; when it is left to look it up, torch.compile remembers there was none
 WIDEST = 128  # numbers of a head, what the kernel keeps in registers
 SPACE, NAME = "difftrain", "attention_tangent"  # of the operator
 
@@ -50,13 +51,13 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def carried(q: Tensor, k: Tensor, v: Tensor, values=flash) -> Tensor:
     """softmax(q k / sqrt(d)) v with the tangent that follows from those of q [B, H, T, d] and
     k, v [B, H, S, d]: [B, H, T, d] in the precision of v. `values` is a kernel without tangent."""
-    pairs = [forward_ad.unpack_dual(x.to(v.dtype)) for x in (q, k, v)]
+    pairs = [forward_ad.unpack_dual(x.to(v.dtype), level=LEVEL) for x in (q, k, v)]
     primals = [pair.primal for pair in pairs]
     if all(pair.tangent is None for pair in pairs):
         return F.scaled_dot_product_attention(*primals)
     tangents = [torch.zeros_like(p) if t is None else t for p, t in pairs]
     o, logsumexp = values(*primals)
-    return forward_ad.make_dual(o, _operator()(*primals, *tangents, o, logsumexp))
+    return forward_ad.make_dual(o, _operator()(*primals, *tangents, o, logsumexp), level=LEVEL)
 
 
 # ---- the tangent, as arithmetic
