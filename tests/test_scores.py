@@ -56,7 +56,7 @@ def test_a_file_that_is_not_inceptions_is_told(tmp_path):
     other = tmp_path / "other.pt"
     torch.jit.script(nn.Flatten()).save(str(other))
     for wrong in (path, other, tmp_path / "gone.pt"):
-        with pytest.raises(PartError, match="is no TorchScript file of Inception: give"):
+        with pytest.raises(PartError, match=f"`{wrong}` is no TorchScript file of Inception: give"):
             fid(noise(4, 1, 1.0), noise(4, 2, 1.0), wrong)
 
 

@@ -37,6 +37,7 @@ class Inception(nn.Module):
 
     def __init__(self, weights: str | Path):
         super().__init__()
+        self.weights = weights
         try:
             self.network = torch.jit.load(str(weights), map_location="cpu").eval()
         except (RuntimeError, ValueError) as cause:
@@ -47,7 +48,7 @@ class Inception(nn.Module):
         try:
             return self.network(pictures, return_features=True)
         except RuntimeError as cause:  # whatever else the file holds
-            raise PartError(_wrong(getattr(self.network, "original_name", "the file"))) from cause
+            raise PartError(_wrong(self.weights)) from cause
 
 
 def _wrong(weights: str | Path) -> str:
