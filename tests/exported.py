@@ -14,8 +14,7 @@ TAIL = "data {{ source = {source}, size = 16px, batch = 4 }}\n"
 TAIL += "train {{ steps = 3, save_every = 0, sample_every = 0, ema = 0.1,"
 TAIL += " optimizer = adamw(0.02) }}\nsample {{ {sample}, count = 2, seed = 7 }}\n"
 TEXT = "sd.clip(train = true, layers = 1, width = 16, heads = 2, length = 8)"
-CODEC = 'sd.vae(weights = "")'
-UNET = f"sd.unet(text = {TEXT}, codec = sd.pixels, channels = [8, 8], layers = 1, heads = 2,"
+UNET = f"sd.unet(text = {TEXT}, codec = sd.pixels, channels = [8], layers = 1, heads = 2,"
 UNET += " attention = [0], groups = 4)"
 DIT = "sit.transformer(depth = 1, width = 16, heads = 2, patch = 4, codec = sd.pixels, text = "
 RUNS = {
