@@ -38,12 +38,13 @@ from difftrain.models.labels import label
 from difftrain.models.text import clip
 from difftrain.models.tokenizer import clip_tokenizer
 from difftrain.training import evaluate
-from difftrain.training.bundle import block, compile_text
+from difftrain.training.bundle import Bundle, block, compile_spec, compile_text
 from difftrain.training.known import Known
 from difftrain.training.parts import build_parts
 
 RTX = LIBRARIES[-1]
 EVERY = Profile()
+QUICKSTART = Path(__file__).parent.parent / "specs" / "quickstart.diff"
 
 
 def convolution(path: Path, weight: float = 0.5, name: str = "conv") -> Source:
@@ -281,7 +282,11 @@ def untrained(solver: str, guidance: float = 2, device: str = "cpu", **parts) ->
     """A run of the tiny spec that was never trained."""
     text = tiny.spec(**parts).replace("ddim(steps = 2)", solver)
     text = text.replace("guidance = 2", f"guidance = {guidance}")
-    bundle = compile_text("tiny", text)
+    return started(compile_text("tiny", text), device)
+
+
+def started(bundle: Bundle, device: str = "cpu") -> Opened:
+    """A run of a compiled spec, with the weights that training begins with."""
     spec = bundle.read()
     objective, options = spec.objective(), block(spec, "sample")
     parts = build_parts(objective, Known(), 0, device, size=64, sampling=True)
@@ -333,11 +338,11 @@ def test_the_file_draws_what_sample_draws(solver, guidance, unrolled):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The file of a run, and what was said when it was made."""
+    """The file of the quickstart, and what was said when it was made."""
     folder, said = tmp_path_factory.mktemp("file"), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        run = untrained("dpm_solver_pp(steps = 9)", sample=', prompts = ["a red apple"]')
+        run = started(compile_spec(QUICKSTART))
         return tensorrt.export(run, folder / "emoji", said.append), said
 
 
@@ -371,13 +376,14 @@ def run_file(file: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
     ("argv", "code", "says"),
     [
         (["-o", "a.jpg"], 2, "`a.jpg` must end in .png or .npz"),
+        ([], 2, 'say with `--prompt "..."` what to draw'),
         (
-            ["--size", "96"],
+            ["--prompt", "a", "--size", "96"],
             2,
             "this file holds engines for a size of 64, not 96: export again with that size",
         ),
         (
-            ["--batch", "16"],
+            ["--prompt", "a", "--batch", "16"],
             2,
             "this file draws batches of 1 to 8, not 16: export again with `batch = 1..16`",
         ),
@@ -390,7 +396,7 @@ def test_what_the_file_refuses(made, tmp_path, argv, code, says):
 
 def test_the_file_tells_about_itself(made, tmp_path):
     done = run_file(made[0], "--inspect", cwd=tmp_path)
-    assert done.returncode == 0 and json.loads(done.stdout)["name"] == "tiny"
+    assert done.returncode == 0 and json.loads(done.stdout)["name"] == "quickstart"
 
 
 def about(**changed) -> dict:

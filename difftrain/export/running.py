@@ -18,6 +18,7 @@ from torch import Tensor
 from difftrain.compiler import random
 
 CONDITIONS = ("cond", "null")  # inputs that are the same in every call
+ALIGNMENT = 256  # bytes, of the addresses that the library is given
 WARM = 2  # calls before a graph is captured: kernels are compiled in the first
 
 
@@ -53,7 +54,8 @@ class Runner:
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """The outputs for inputs on the GPU, enqueued on torch's stream."""
-        for name, value in zip(self.inputs, inputs, strict=True):
+        given = [_aligned(value) for value in inputs]
+        for name, value in zip(self.inputs, given, strict=True):
             if not self.context.set_input_shape(name, tuple(value.shape)):
                 low, high = self.about["batch"]
                 raise Refused(
@@ -95,6 +97,12 @@ class Runner:
         beside = self.kernels.with_name(f".{self.kernels.name}.{os.getpid()}")
         beside.write_bytes(bytes(self.compiled.serialize()))
         os.replace(beside, self.kernels)
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """A tensor as the library reads one: whole, and where its memory may begin."""
+    fits = value.is_contiguous() and value.data_ptr() % ALIGNMENT == 0
+    return value if fits else value.clone(memory_format=torch.contiguous_format)
 
 
 TYPES = {  # what the library calls types, and what torch does
@@ -204,25 +212,35 @@ class Walk:
         self.engine, self.table, self.shape = engine, table, tuple(shape)
         self.inputs = inputs and [name for name in inputs if name not in CONDITIONS]
         kind = torch.int64 if table["time"] == "index" else torch.float32
-        times = [[row["t"], row["r"]] for row in table["rows"]]
-        self.times = torch.tensor(times, dtype=kind, device=device)  # [N, 2]
-        weights = [row["weights"] for row in table["rows"]]
-        self.weights = torch.tensor(weights, dtype=torch.float32, device=device)
+
+        def one(value: float) -> Tensor:
+            return torch.tensor([value], dtype=kind, device=device)
+
+        rows = table["rows"]  # each number in memory of its own, where the library may read it
+        self.times = [[one(row[n]) for n in "tr"] for row in rows]
+        self.weights = [
+            torch.tensor(row["weights"], dtype=torch.float32, device=device) for row in rows
+        ]
         self.graphs: dict[int, Replay] = {}
 
     def __call__(self, seed: int, index: Tensor, told: Sequence[Tensor]) -> Tensor:
         """Latents of the samples `index` [B] under conditions: that of each, and the empty one."""
-        noises = [self._noise(draw, seed, index) for draw in (0, *self.table["draws"])]
-        given, count = [*noises, *told], len(index)
-        if not index.is_cuda:
+        return self.latents([*self.noises(seed, index), *told])
+
+    def noises(self, seed: int, index: Tensor) -> list[Tensor]:
+        """All that is drawn for the samples `index` [B], each [B, ...]: as `difftrain sample`
+        draws it."""
+        draws = (0, *self.table["draws"])
+        return [random.normal("sample", seed, draw, index, self.shape) for draw in draws]
+
+    def latents(self, given: Sequence[Tensor]) -> Tensor:
+        """Latents [B, ...] of noises and conditions."""
+        count = len(given[0])
+        if not given[0].is_cuda:
             return self._walk(*given)
         if count not in self.graphs:
             self.graphs[count] = Replay(self._walk, given, self.engine.capturable)
         return self.graphs[count](given)
-
-    def _noise(self, draw: int, seed: int, index: Tensor) -> Tensor:
-        """Draw number `draw` [B, ...]: as `difftrain sample` draws it."""
-        return random.normal("sample", seed, draw, index, self.shape)
 
     def _walk(self, *given: Tensor) -> Tensor:
         draws = (0, *self.table["draws"])
@@ -237,7 +255,7 @@ class Walk:
         x = sum(weight * noises[draw] for weight, draw in self.table["start"])
         kept = x.new_zeros(sum(self.table["kept"]), *x.shape)
         for i, row in enumerate(self.table["rows"]):
-            every = {"x": x, "t": self.times[i, :1], "r": self.times[i, 1:]}
+            every = {"x": x, "t": self.times[i][0], "r": self.times[i][1]}
             every |= {"row": self.weights[i], "kept": kept, "noise": noises[row["draw"] or 0]}
             x, *rest = self.engine(*(every[name] for name in self.inputs), *told)
             kept = rest[0] if rest else kept

@@ -119,7 +119,7 @@ def running(made: Mapping[str, Piece], engines: Mapping[str, Engine]) -> Call:
     runners = {name: Runner(name, it.data, it.about) for name, it in engines.items()}
 
     def call(name: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(runners[name](*(inputs[n].contiguous() for n in made[name].inputs)))
+        return tuple(runners[name](*(inputs[n] for n in made[name].inputs)))
 
     return call
 
