@@ -121,7 +121,6 @@ def test_it_compiles_after_a_call_without_tangent():
     assert off(compiled(q), torch.func.grad(loss)(q)) < 1e-12
 
 
-
 def test_ordinary_gradients_pass_too():
     tensors = [x.requires_grad_() for x in drawn(16, 16, 8)]
     o, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors[:3])

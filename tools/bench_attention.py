@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from difftrain.models.attention import plain
-from difftrain.models.tangent_attention import carried, flash
+from difftrain.models.tangent_attention import carried, cudnn, flash, fused
 
 # samples, heads, tokens, numbers of a head
 SHAPES = [(16, 6, 1024, 64), (8, 16, 1024, 64), (32, 16, 1024, 64), (32, 16, 256, 64)]
@@ -31,15 +31,9 @@ PLANS += [(64, 128, 4, 2), (128, 32, 8, 2), (128, 32, 8, 3), (128, 32, 4, 3), (6
 CALLS = 20
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The values of attention and the log-sum-exp of its scores, by cuDNN."""
-    o, logsumexp = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
-    return o, logsumexp.reshape(o.shape[:3])
-
-
 WAYS: dict[str, Callable] = {
     "matrix products": plain,
-    "flash": carried,
+    "flash": lambda q, k, v: carried(q, k, v, fused if q.device.type == "cpu" else flash),
     "cudnn": lambda q, k, v: carried(q, k, v, cudnn),
 }
 
@@ -137,7 +131,7 @@ def plans(*shape: int) -> list[str]:
     from difftrain.models.tangent_kernel import Plan, launch
 
     *tensors, _ = (x.transpose(1, 2) for x in drawn(shape, True))
-    given = (*tensors, *flash(*tensors[:3]), torch.empty_like(tensors[0]))
+    given = (*tensors, *fused(*tensors[:3]), torch.empty_like(tensors[0]))
     batch, heads, tokens, width = shape
     work = 10 * batch * heads * tokens**2 * width
     lines = [f"the kernel alone, {shape}: queries, keys, warps, stages"]

@@ -11,10 +11,19 @@ from difftrain.models.tangent_attention import carried, plain_because
 EPS = 1e-6
 
 
+class RmsNorm(nn.RMSNorm):
+    """RMS normalisation in plain arithmetic: torch's fused kernel has no forward derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        unit = exact * (exact.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return (unit * self.weight).to(x.dtype)
+
+
 def norm(kind: str, width: int) -> nn.Module:
     """A normalisation over the last dimension: `layer` without weights, or `rms` with them."""
     rms = kind == "rms"
-    return nn.RMSNorm(width, eps=EPS) if rms else nn.LayerNorm(width, EPS, elementwise_affine=False)
+    return RmsNorm(width, eps=EPS) if rms else nn.LayerNorm(width, EPS, elementwise_affine=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention that carries a forward-mode tangent through fused kernels.
 
-The values are torch's flash attention; the tangent is an operator of its own, a Triton kernel on a
-GPU (`tangent_kernel`), which needs of the values no more than their log-sum-exp.
+The values are a fused kernel of torch's; the tangent is an operator of its own, on a GPU a Triton
+kernel (`tangent_kernel`), which needs of the values no more than their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -41,14 +41,26 @@ def _able() -> bool:
     return find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The values [B, H, T, d] of attention, and the log-sum-exp [B, H, T] of its scores."""
+def fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The values [B, H, T, d] of attention, and the log-sum-exp [B, H, T] of its scores, by the
+    kernel of torch's that was the fastest for such heads (`tools/bench_attention.py`)."""
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return (cudnn if q.shape[-1] % 64 == 0 else flash)(q, k, v)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What `fused` gives, by flash attention."""
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
 
 
-def carried(q: Tensor, k: Tensor, v: Tensor, values=flash) -> Tensor:
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """What `fused` gives, by cuDNN."""
+    o, logsumexp = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return o, logsumexp.reshape(o.shape[:3])
+
+
+def carried(q: Tensor, k: Tensor, v: Tensor, values=fused) -> Tensor:
     """softmax(q k / sqrt(d)) v with the tangent that follows from those of q [B, H, T, d] and
     k, v [B, H, S, d]: [B, H, T, d] in the precision of v. `values` is a kernel without tangent."""
     pairs = [forward_ad.unpack_dual(x.to(v.dtype), level=LEVEL) for x in (q, k, v)]
