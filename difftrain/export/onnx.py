@@ -32,7 +32,7 @@ def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> P
         say(f"wrote {', '.join(file.name for file in files.values())}")
         if precision in ABSENT:
             say(
-                f"onnxruntime has no {precision} on the CPU: the run is held against what was traced"
+                f"onnxruntime has no {precision} on the CPU: the traced modules are held to the run"
             )
         call = bare(made) if precision in ABSENT else sessions(made, files, run.device)
         report = gate(run, made, call, precision)
