@@ -11,7 +11,7 @@ from difftrain.cli import main
 HEAD = "diff 1\n{imports}\nobjective {name} {{\n  process         = {process}\n"
 HEAD += "  prediction_type = {prediction}\n{strategy}  backbone        = {backbone}\n}}\n"
 TAIL = "data {{ source = {source}, size = 16px, batch = 4 }}\n"
-TAIL += "train {{ steps = 3, save_every = 0, sample_every = 0, ema = 0.1,"
+TAIL += "train {{ steps = 3, compile = off, save_every = 0, sample_every = 0, ema = 0.1,"
 TAIL += " optimizer = adamw(0.02) }}\nsample {{ {sample}, count = 2, seed = 7 }}\n"
 TEXT = "sd.clip(train = true, layers = 1, width = 16, heads = 2, length = 8)"
 UNET = f"sd.unet(text = {TEXT}, codec = sd.pixels, channels = [8], layers = 1, heads = 2,"

@@ -66,6 +66,17 @@ def test_index_grids_are_those_of_diffusers(spacing, steps):
         assert make(steps, 1000)[:-1].tolist() == scheduler.timesteps.tolist()
 
 
+@pytest.mark.parametrize("count", [200, 500, 999, 1000])
+def test_trailing_indices_are_those_of_diffusers_at_any_number_of_steps(count):
+    """Theirs may have one time too many at the end, by a rounding of its length."""
+    scheduler = DDIMScheduler(num_train_timesteps=count, timestep_spacing="trailing")
+    for steps in range(1, 101):
+        scheduler.set_timesteps(steps)
+        theirs = scheduler.timesteps.tolist()
+        assert grids.trailing(steps, count)[:-1].tolist() == theirs[:steps]
+        assert theirs[steps:] in ([], [-1])
+
+
 @pytest.mark.parametrize("steps", [0, 1001])
 def test_more_steps_than_the_process_has_are_refused(steps):
     with pytest.raises(ValueError, match=f"`steps = {steps}` does not fit a process of 1000 steps"):

@@ -16,7 +16,6 @@ the final latents. Networks are random and damped: see `damp`. Every (work, colu
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -76,7 +75,6 @@ WORKS = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the latter to try this file out
 CALLS, SECONDS = 30, 6.0  # at most, for each latency
 LAST = ("final_layer.linear", "conv_out")  # the layers whose answer is the network's
-ANY = (1, 2)  # the batches of a trace, of a piece whose shapes are all fixed
 SILENT = 0.02  # the deviation of what an initialisation leaves 0
 
 
@@ -277,11 +275,6 @@ def piece(run: Opened, precision: str) -> modules.Piece:
     return modules.pieces(run, precision, DEVICE, unrolled=0)["step"]
 
 
-def _fixed(of: modules.Piece, batch: int) -> modules.Piece:
-    """A piece for batches of one size alone."""
-    return dataclasses.replace(of, inputs=of.example(batch), batch={})
-
-
 def _told(of: modules.Piece, batch: int) -> list[Tensor]:
     """The conditions of a batch, and the empty one where it is read."""
     cond = [torch.cat([of.inputs["cond"]] * batch)[:batch]] if "cond" in of.inputs else []
@@ -321,7 +314,7 @@ def _compile(run: Opened, batch: int, args) -> tuple[Callable, dict]:
 
 def _pt2(run: Opened, batch: int, args) -> tuple[Callable, dict]:
     of = piece(run, "fp16")
-    program = traced("step", _fixed(of, batch), ANY)
+    program = traced("step", of, (batch, batch))
     with tempfile.TemporaryDirectory() as folder:
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(folder, "step.pt2"))
@@ -330,11 +323,10 @@ def _pt2(run: Opened, batch: int, args) -> tuple[Callable, dict]:
 
 
 def _tensorrt(run: Opened, batch: int, args) -> tuple[Callable, dict]:
-    of, maker = _fixed(piece(run, "fp16"), batch), library(args.library)
+    of, maker, sizes = piece(run, "fp16"), library(args.library), (batch, batch)
     with tempfile.TemporaryDirectory() as folder:
-        made = {"step": of}
-        file = onnx.write(made, Path(folder), ANY)["step"]
-        source = Source("step", file, partial(traced, "step", of, ANY))
+        file = onnx.write({"step": of}, Path(folder), sizes)["step"]
+        source = Source("step", file, partial(traced, "step", of, sizes))
         built = build(source, Profile(batch, batch, portable=args.portable), maker)
     return Runner("step", built.data, built.about), {"library": f"{maker.package} {maker.version}"}
 

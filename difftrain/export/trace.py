@@ -22,8 +22,8 @@ def traced(name: str, piece: Piece, batch: tuple[int, int]) -> ExportedProgram:
     """The program of a piece for batches from the one size to the other. Raises ExportError."""
     low, high = batch
     inputs = piece.example(max(2, low) if low < high else high)
-    size = Dim(BATCH, min=low, max=high)
-    axes = {n: {piece.batch[n]: size} if n in piece.batch and low < high else None for n in inputs}
+    size = Dim(BATCH, min=low, max=high) if low < high else None
+    axes = {n: {piece.batch[n]: size} if n in piece.batch else None for n in inputs}
     try:
         with quiet():
             return torch.export.export(

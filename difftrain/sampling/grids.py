@@ -24,7 +24,9 @@ def trailing(steps: int, count: int) -> Tensor:
     Begins at count - 1, as zero terminal SNR needs (arXiv:2305.08891 table 2).
     """
     _check(steps, count)
-    return _indices(count - torch.arange(steps, dtype=torch.float64) * (count / steps) - 1)
+    stride = count - (count - count / steps)  # as numpy.arange rounds it, which decides ties
+    times = count - torch.arange(steps, dtype=torch.float64) * stride
+    return _indices(times.round() - 1)
 
 
 def leading(steps: int, count: int, offset: int = 0) -> Tensor:
