@@ -203,12 +203,19 @@ def test_a_law_of_an_earlier_estimate_says_nothing_of_t():
     assert spec.objective().quantity("t")["law"] == "uniform"
 
 
+@pytest.mark.parametrize("process", ["ddpm(steps = 50)", "discrete(linear, steps = 50)"])
 @pytest.mark.parametrize("t", [-1, 50])
-def test_a_given_index_outside_the_table_reads_no_other_entry(t):
-    objective = declare(body("ddpm(steps = 50)", "epsilon"))
-    given = {"x0": torch.ones(1, 1, 2, 2, dtype=torch.float64), "t": torch.tensor([t])}
-    with pytest.raises(IndexError):
-        objective.evaluate(("alpha",), given)
+def test_a_given_index_outside_the_table_is_told(process, t):
+    objective = declare(body(process, "sample"))
+    x0, index = torch.ones(2, 1, 2, 2, dtype=torch.float64), torch.tensor([3, t])
+    said = rf"`t` is {t}, and `{process.partition('(')[0]}` has the steps 0 to 49"
+    for ask in (
+        lambda: objective.evaluate(("alpha",), {"x0": x0, "t": index}),
+        lambda: objective.loss(x0, t=index),
+        lambda: objective.add_noise(x0, x0, index),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ask()
 
 
 def test_an_index_has_a_density_too():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +95,14 @@ class Objective(nn.Module):
         of its name that does not read that name, so later redefinitions still apply. What is
         neither given nor derived is drawn from its stream, keyed by (seed, step, index [B]).
         Numbers have the type of what is given: float64 in, float64 out; for data in half precision
-        all but the network is float32. Raises SpecError for a name that the objective lacks.
+        all but the network is float32. Raises SpecError for a name that the objective lacks,
+        ValueError for a `t` that is no index of a discrete process.
         """
         return self._compute(tuple(wanted), given, (), step=step, seed=seed, index=index)
 
     def _compute(self, wanted, given: Mapping, fixed, *, step=0, seed=0, index=None) -> dict:
         given = {n: v for n, v in given.items() if v is not None}
+        self._check_index(given.get("t"))
         free = [n for n in given if n not in OPTIONAL and n not in fixed and n != "x0"]
         program = self.program(wanted, free, fixed)
         like = _like(given)
@@ -122,6 +125,18 @@ class Objective(nn.Module):
         hint = f"write `{close}`" if close else "name a quantity that the objective has"
         text = f"there is no `{name}` in objective `{self.declared.name}`"
         raise SpecError([Finding("DIF120", text, Label(self.declared.block.head), help=hint)])
+
+    def _check_index(self, t) -> None:
+        """On a GPU an index outside the table would end the process."""
+        if not isinstance(t, Tensor) or not t.numel() or self._levels is None:
+            return
+        for asked in (t.min().item(), t.max().item()):
+            if not 0 <= asked <= self._levels - 1:
+                process = self.declared.slots["process"][0].definition.name
+                raise ValueError(
+                    f"`t` is {asked:g}, and `{process}` has the steps 0 to {self._levels - 1}: "
+                    "give one of these"
+                )
 
     def _check_modules(self, program: Program) -> None:
         graph = program.graph
@@ -245,14 +260,14 @@ class Objective(nn.Module):
     @property
     def alphas_cumprod(self) -> Tensor:
         """alpha^2 at every index of a discrete process, float64 [N]."""
-        count = self._levels()
-        if count is None:
+        if self._levels is None:
             raise AttributeError("only a discrete process has a table of levels")
-        index = torch.arange(count, device=self._device())
+        index = torch.arange(self._levels, device=self._device())
         return self._at("alpha", index, {"x0": index.double()}) ** 2
 
+    @cached_property
     def _levels(self) -> int | None:
-        """How many levels a discrete process has."""
+        """How many levels a discrete process has; None for any other."""
         tables = [t.args[0] for t in walk(self.declared.quantity("alpha")) if t.op == "pick"]
         if tables:
             return len(value(tables[0], {}))

@@ -115,7 +115,8 @@ DIF117 a strategy listed twice
 DIF118 something else than a name in a slot
     A slot takes the name of a block, with or without arguments.
 DIF119 a block that is not there
-    The name is neither in this file, nor in the library, nor in an import.
+    The name is neither in this file, nor in the library, nor in an import. What a network is given
+    as `times` and `inputs` are quantities of the objective.
 DIF120 an unknown name
     A name in an equation is a quantity, a local name of the block, a parameter, a function or
     an operation.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from difftrain.language import mistakes
 from difftrain.language.algebra import NotLinear, linear
+from difftrain.language.domains import check_domain
 from difftrain.language.finding import Finding, Label
 from difftrain.language.forms import SPECIAL
 from difftrain.language.names import Definition
@@ -347,7 +348,18 @@ class Derivation:
         env = {
             n: bound[n] if n in bound else Thunk(f.default, scope, ()) for n, f in formals.items()
         }
+        for name in bound:
+            self._check_range(formals[name], bound[name], frame.world)
         return self.value(function.definition.node.value, Frame(scope, env, frame.world))
+
+    def _check_range(self, formal: Formal, given: Thunk, world: World) -> None:
+        """A number that is known is in the range that the function states. Raises Problem."""
+        value = self._force(given, world) if formal.domain is not None else None
+        found: list[Finding] = []
+        if isinstance(value, Term) and value.op == "const":
+            check_domain(formal, given.value, value.value, found)
+        if found:
+            raise Problem(found[0])
 
     def only(self, expr: Call) -> Argument:
         """The argument of a form that takes exactly one."""

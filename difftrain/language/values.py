@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difftrain.language.derive import Derivation
+from difftrain.language.domains import check_domain
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Names
 from difftrain.language.nearest import nearest
@@ -27,6 +28,7 @@ from difftrain.language.worlds import HERE, Frame, Problem
 # ---- parts
 
 FOR_RULES = ("reads", "together")  # what a block says for rules: quantities, and options
+LISTED = ("times", "inputs")  # options of a network that name quantities
 
 
 def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[Use]) -> Part:
@@ -57,18 +59,20 @@ def read_option(formal: Formal, expr: Expr, scope: Scope, equations, found, uses
         check_domain(formal, expr, expr.dotted, found)
         return None
     before = len(found)
-    value = read_value(expr, scope, equations, found, words, uses)
+    wanted = "quantity" if formal.name in LISTED else "part"
+    value = read_value(expr, scope, equations, found, words, uses, wanted)
     if len(found) == before:
         check_domain(formal, expr, value, found)
     return value
 
 
-def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None):
-    """The plain value of an option: number, text, word, list, name of a quantity, or part."""
+def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None, wanted="part"):
+    """The plain value of an option: number, text, word, list, name of a quantity, or part. A name
+    that is not known is spoken of as what is `wanted`."""
     uses = [] if uses is None else uses
     match expr:
         case ListOf(items=items):
-            return tuple(read_value(i, scope, equations, found, words, uses) for i in items)
+            return tuple(read_value(i, scope, equations, found, words, uses, wanted) for i in items)
         case Text(value=value):
             return value
         case Number(value=value) | Quantity(value=value):
@@ -93,7 +97,7 @@ def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None):
                     return read_value(parameter.node.default, scope, equations, found)
                 if _is_quantity(expr.dotted, equations):
                     return expr.dotted
-            found.append(_unknown_part(expr, scope.home, equations))
+            found.append(_unknown(expr, wanted, scope.home, equations))
             return None
     return _number(expr, scope, equations, found)
 
@@ -110,18 +114,24 @@ def _inner(path: tuple[str, ...], known: list[str]) -> str | None:
     return nearest(".".join(path), block) or next(iter(block), None)
 
 
-def _unknown_part(expr, names: Names, equations: Equations) -> Finding:
+def _unknown(expr: Name | Call, wanted: str, names: Names, equations: Equations) -> Finding:
     inner = [n for n in equations.versions if "." in n and not equations.versions[n][0].argument]
     if meant := _inner(expr.path, inner):
         text = f"there is no `{expr.dotted}`"
         return Finding("DIF120", text, Label(expr.span), help=f"write `{meant}`")
-    known = [n for kind in PART_KINDS for n in names.known(kind)]
-    close = nearest(expr.dotted, known) or nearest(expr.dotted, equations.quantities)
-    hint = f"write `{close}`" if close else "write a value, or the name of a part"
-    if len(expr.path) > 1 and expr.path[0] not in names.spaces:
+    parts = [n for kind in PART_KINDS for n in names.known(kind)] if wanted == "part" else []
+    close = nearest(expr.dotted, parts) or nearest(expr.dotted, equations.quantities)
+    hint = f"write `{close}`" if close else OTHERWISE[wanted]
+    if wanted == "part" and len(expr.path) > 1 and expr.path[0] not in names.spaces:
         hint = f"add `import std.{expr.path[0]}` at the top of the file"
     span = expr.head if isinstance(expr, Call) else expr.span
-    return Finding("DIF119", f"there is no part `{expr.dotted}`", Label(span), help=hint)
+    return Finding("DIF119", f"there is no {wanted} `{expr.dotted}`", Label(span), help=hint)
+
+
+OTHERWISE = {
+    "part": "write a value, or the name of a part",
+    "quantity": "name a quantity of the objective, or define this one",
+}
 
 
 def _number(expr: Expr, scope: Scope, equations: Equations, found: list[Finding]):
@@ -136,64 +146,3 @@ def _number(expr: Expr, scope: Scope, equations: Equations, found: list[Finding]
     text = f"`{expr.span.text}` must be known when the spec is compiled"
     found.append(Finding("DIF127", text, Label(expr.span), help="write a number"))
     return None
-
-
-def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> None:
-    """A finding where the value is outside what the parameter may be; of a range, either end."""
-    if isinstance(expr, Interval) and isinstance(formal.domain, Interval):
-        _check_ends(formal, expr, value, found)
-        return
-    domain = _fitting(formal.domain, value)
-    if domain is None or value is None:
-        return
-    if isinstance(domain, ListOf):
-        allowed = [
-            i.dotted if isinstance(i, Name) else getattr(i, "value", None) for i in domain.items
-        ]
-        if value not in allowed:
-            listed = ", ".join(f"`{i.span.text}`" for i in domain.items)
-            close = nearest(str(value), [str(a) for a in allowed])
-            hint = f"write `{close}`" if close else f"it may be {listed}"
-            text = f"`{formal.name}` cannot be `{expr.span.text}`"
-            found.append(Finding("DIF131", text, Label(expr.span), help=hint))
-    elif isinstance(domain, Interval) and isinstance(value, (int, float)):
-        low, high = (plain(e) for e in (domain.low, domain.high))
-        if None not in (low, high) and low <= high and not low <= value <= high:
-            found.append(_outside(formal.name, expr, value, domain))
-
-
-def _check_ends(formal: Formal, expr: Interval, ends: tuple, found: list[Finding]) -> None:
-    low, high = ends
-    if None not in ends and low > high:
-        text = f"`{formal.name}` cannot run from {low:g} up to {high:g}"
-        found.append(Finding("DIF132", text, Label(expr.span), help="write the smaller one first"))
-    for end, value in ((expr.low, low), (expr.high, high)):
-        check_domain(formal, end, value, found)
-
-
-def _fitting(domain: Expr | None, value) -> Expr | None:
-    """What a value is held against: a list of words may hold a range for numbers as well."""
-    items = domain.items if isinstance(domain, ListOf) else ()
-    ranges = [item for item in items if isinstance(item, Interval)]
-    return ranges[0] if ranges and isinstance(value, (int, float)) else domain
-
-
-def plain(expr: Expr) -> float | None:
-    """The number that an expression is, where it is one that is written out."""
-    if isinstance(expr, Negate):
-        inner = plain(expr.value)
-        return None if inner is None else -inner
-    return expr.value if isinstance(expr, (Number, Quantity)) else None
-
-
-def _outside(name: str, expr: Expr, value, domain: Interval) -> Finding:
-    written = expr.span.text
-    shown = f"`{written}`" if written == str(value) else f"`{written}`, which is {value},"
-    return Finding(
-        "DIF130",
-        f"`{name}` cannot be {shown.rstrip(',')}",
-        Label(expr.span),
-        (Label(domain.span, "its range"),),
-        because=f"`{name}` is between {domain.low.span.text} and {domain.high.span.text}",
-        help=f"choose a value in {domain.span.text}",
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from difftrain.language.derive import Derivation
+from difftrain.language.domains import check_domain, plain
 from difftrain.language.finding import Finding, Label
 from difftrain.language.forms import SPECIAL
 from difftrain.language.names import LIBRARY_KINDS, Definition
@@ -27,7 +28,6 @@ from difftrain.language.tree import (
     Statement,
     Text,
 )
-from difftrain.language.values import check_domain, plain
 from difftrain.language.worlds import HERE, Frame, Problem
 
 EQUATIONS = (*LIBRARY_KINDS, "objective")
