@@ -317,8 +317,6 @@ WRONG = {
         {"lines": TRIG + "strategy = sct"},
         "`euler` cannot sample `o`",
     ),
-}
-LATE = {
     "no teacher": (
         {"lines": TRIG + "strategy = scd", "solver": "multistep"},
         "the objective reads `teacher`, a trained network, and this file has none",
@@ -335,6 +333,8 @@ LATE = {
         {"lines": STRAIGHT + "strategy = repa", "net": "tap = 1"},
         "the objective reads `vision`, an encoder of pictures, and this file has none",
     ),
+}
+LATE = {
     "another size": (
         {
             "lines": TRIG + "strategy = scd",

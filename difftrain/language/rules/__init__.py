@@ -44,6 +44,7 @@ RULES = (
     weights.wrong_residual,
     modules.features,
     modules.forward_mode,
+    modules.absent,
     run.copies,
     run.guidance,
     run.solver,

@@ -43,5 +43,25 @@ def forward_mode(case: Case, found: list[Finding]) -> None:
     )
 
 
+def absent(case: Case, found: list[Finding]) -> None:
+    """A file that trains says where the frozen modules that the loss reads come from; to a network
+    from Python they are given there."""
+    backbone, loss, run = case.objective.backbone, case.term("loss"), case.spec.runs.get("train")
+    if run is None or backbone is None or loss is None or backbone.part.module == "custom":
+        return
+    read = {t["name"] for t in walk(loss) if t.op == "module"}
+    if "vision" in read and case.objective.vision is None:
+        hint = "add `vision = …` to the objective"
+        found.append(_no_module(case, "vision", "an encoder of pictures", hint))
+    if "teacher" in read and not run["teacher"]:
+        hint = 'say in `train` whose weights it has: `teacher = "runs/NAME"`'
+        found.append(_no_module(case, "teacher", "a trained network", hint))
+
+
+def _no_module(case: Case, name: str, what: str, hint: str) -> Finding:
+    text = f"the objective reads `{name}`, {what}, and this file has none"
+    return Finding("DIF321", text, Label(case.objective.block.head), help=hint)
+
+
 def _does(loss, op: str) -> bool:
     return any(term.op == op for term in walk(loss))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from difftrain.language.finding import Finding, Label, SpecError
+from difftrain.language.finding import Finding, Label
 from difftrain.language.guidance import own_guidance
 from difftrain.language.meaning import lacking
 from difftrain.language.names import Definition, Names, is_shipped
@@ -220,38 +220,7 @@ def _redefining(quantity: str, names: Names) -> str:
 
 
 def need(spec: Spec, command: str) -> list[Finding]:
-    """What is missing for a command: a block or a module that it reads and the file lacks."""
-    return [*_blocks(spec, command), *(_modules(spec) if command in TRAINING else ())]
-
-
-TRAINING = ("train", "compile")
-
-
-def _modules(spec: Spec) -> list[Finding]:
-    """The frozen modules that the loss reads and nothing says."""
-    try:
-        objective = spec.objective()
-    except SpecError:
-        return []  # said by the command
-    case = Case(spec, objective)
-    loss = case.term("loss")
-    read = {t["name"] for t in walk(loss) if t.op == "module"} if loss is not None else set()
-    run = spec.runs.get("train")
-    missing = []
-    if "vision" in read and objective.vision is None:
-        missing.append(("vision", "an encoder of pictures", "add `vision = …` to the objective"))
-    if "teacher" in read and run and not run["teacher"]:
-        hint = 'say in `train` whose weights it has: `teacher = "runs/NAME"`'
-        missing.append(("teacher", "a trained network", hint))
-    return [_no_module(objective.block, *row) for row in missing]
-
-
-def _no_module(block: Block, name: str, what: str, hint: str) -> Finding:
-    text = f"the objective reads `{name}`, {what}, and this file has none"
-    return Finding("DIF321", text, Label(block.head), help=hint)
-
-
-def _blocks(spec: Spec, command: str) -> list[Finding]:
+    """The blocks that a command reads and the file lacks."""
     return [
         Finding(
             "DIF320",
