@@ -2,13 +2,16 @@
 
 import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from difftrain.cli import COMMANDS
+from difftrain.cli import COMMANDS, parse
+from difftrain.commands.failure import Failure
+from difftrain.commands.launch import OPTIONS
 from difftrain.language.check import check
 from difftrain.language.codes import CODES
 from difftrain.language.format import format_text
@@ -242,6 +245,59 @@ def test_commands():
     assert {quoted(row[0])[0].split()[1] for row in rows} == COMMANDS.keys()
 
 
+def flags(options) -> set[str]:
+    return {flag for names, _ in options for flag in names if flag.startswith("-")}
+
+
+def test_options_of_sample():
+    """Each has its row, by one of its spellings."""
+    rows = table("docs/language.md", "`difftrain sample`")
+    named = {quoted(row[0])[0].split()[0] for row in rows}
+    options = [names for names, _ in COMMANDS["sample"].options if names[0].startswith("-")]
+    assert len(rows) == len(options) and all(named & set(names) for names in options)
+    (short,) = [row[1] for row in table("README.md", "command") if "sample RUN" in row[0]]
+    assert set(quoted(short)) <= flags(COMMANDS["sample"].options)
+
+
+COMMAND = re.compile(
+    r"(?:^|`|    |&& )(difftrain (\w+)|\./(?:emoji|photos)) ([^`\n]*)", re.MULTILINE
+)
+DRAWS = {"--prompt", "-n", "--seed", "-o"}  # of a file of engines, which `./photos` may be as well
+
+
+@pytest.mark.parametrize("name", [*PAGES, "docs/performance.md"])
+def test_commands_take_the_options_that_are_shown(name):
+    for program, command, rest in COMMAND.findall(page(name)):
+        known = flags(COMMANDS[command].options) if command else flags(OPTIONS) | DRAWS
+        shown = set(re.findall(r"(?<!\S)--?[a-z][\w-]*", rest))
+        assert shown <= known | {"--help"}, f"{program} {rest}"
+
+
+def test_targets_of_export():
+    named = [quoted(row[0])[0] for row in table("docs/language.md", "target")]
+    with pytest.raises(Failure) as problem:
+        parse("", "", COMMANDS["export"].options, ["RUN", "--to", "nothing"])
+    assert named == quoted(str(problem.value))[1:]
+    assert set(TARGETS) < set(named) and all(f"`{n}`" in page("README.md") for n in named)
+
+
+def test_extras():
+    project = tomllib.loads(page("pyproject.toml"))["project"]
+    named = {quoted(row[0])[0] for row in table("README.md", "extra")}
+    assert named == project["optional-dependencies"].keys()
+
+
+def test_the_solver_on_the_page_is_tested():
+    (text,) = [t for t in blocks("docs/language.md", "python") if t.startswith("def go(")]
+    assert text in page("tests/test_walks.py")
+
+
+def test_every_solver_has_its_source():
+    _, _, rest = page("docs/objectives.md").partition("\n## Solvers\n")
+    listed = re.findall(r"^- `(\w+)`:", rest.partition("\n## ")[0], re.MULTILINE)
+    assert sorted(listed) == sorted(name.partition("(")[0] for name in defined("solver"))
+
+
 @pytest.mark.parametrize("kind", ["process", "prediction", "strategy", "function"])
 def test_every_method_has_its_source(kind):
     text = page("docs/objectives.md")
@@ -290,6 +346,18 @@ def test_links_lead_somewhere(name):
 def test_every_folder_is_described():
     folders = {f.parent.name for f in (ROOT / "difftrain").glob("*/__init__.py")}
     assert all(f"`difftrain/{folder}/`" in page("docs/house.md") for folder in folders)
+
+
+@pytest.mark.parametrize("folder", ["difftrain/training", "difftrain/sampling", "difftrain/export"])
+def test_every_file_is_described(folder):
+    rows = table("docs/house.md", f"`{folder}/`")
+    files = {f.name for f in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    assert files <= {name for row in rows for name in quoted(row[0])}
+
+
+def test_every_tool_is_described():
+    named = {quoted(row[0])[0].strip("/") for row in table("docs/house.md", "`tools/`")}
+    assert named == {f.name for f in (ROOT / "tools").iterdir() if f.name != "__pycache__"}
 
 
 def test_whole_specs_are_checked():
