@@ -29,10 +29,13 @@ def agree(objective, entry, given, names=NAMES):
     """Every number of the entry that the language has a name for."""
     wanted = {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry}
     assert "loss" in wanted
-    values = objective.evaluate(tuple(wanted), given)
+    values = objective.evaluate((*wanted, "pred", "target"), given)
     for name, expected in wanted.items():
         near(values[name], expected)
     near(values["loss"].mean(), entry["loss"])
+    if "weight" in entry and "sq_sum" not in entry:  # else it is that of a sum
+        error = (values["pred"] - values["target"]).square().mean((1, 2, 3))
+        near(values["loss"] / error, entry["weight"])
 
 
 @pytest.mark.parametrize("beta", ["linear", "scaled_linear", "cosine"])

@@ -135,7 +135,8 @@ def cancel(graph: Graph) -> Graph:
     facts = Facts(graph)
     done: dict[Term, Term] = {}
     weighted: set[Term] = set()
-    for term in walk(*facts.roots.values()):
+    pairs = (term for pair in facts.pairs for term in pair)  # first: a residual becomes these
+    for term in walk(*pairs, *facts.roots.values()):
         new = _divided(term, facts, done) or _residual(term, facts, done, weighted)
         if new is None:
             new = with_args(term, tuple(done[a] for a in term.args))
@@ -175,6 +176,8 @@ def _residual(term: Term, facts: Facts, done: dict, weighted: set[Term]) -> Term
     if found is None:
         return None
     factor, pred, target = found
+    if pred not in done or target not in done:
+        return None  # made of the residual itself
     error = make(term.op, (done[pred] - done[target]) ** 2)
     weighted.add(error)
     return facts.simple(factor**2) * error

@@ -326,6 +326,8 @@ class Derivation:
             if inner is None:
                 raise Problem(self._unknown((argument.name,), argument, frame))
             values[inner] = self.value(argument.value, frame)
+            if inner == "net" and getattr(values[inner], "op", "") != "module":
+                raise Problem(mistakes.no_net(argument.value))
         return self.read(name, frame.world.swap(values), expr)
 
     def _apply(self, function: Function, args, expr, frame: Frame, places: tuple[str, ...]):

@@ -38,6 +38,10 @@ def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> Non
         low, high = (plain(e) for e in (domain.low, domain.high))
         if None not in (low, high) and low <= high and not low <= value <= high:
             found.append(_outside(formal.name, expr, value, domain))
+    elif isinstance(domain, Interval) and not isinstance(value, tuple):
+        text = f"`{formal.name}` is a number, and `{expr.span.text}` is none"
+        hint = f"write a number in {domain.span.text}"
+        found.append(Finding("DIF124", text, Label(expr.span), help=hint))
 
 
 def _check_ends(formal: Formal, expr: Interval, ends: tuple, found: list[Finding]) -> None:

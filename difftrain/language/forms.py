@@ -108,6 +108,8 @@ def _network(self: Derivation, expr: Call, frame: Frame) -> Term:
     x, tau, cond = self.positional(expr, frame, 3)
     world = frame.world
     net = self.read("net", world, expr)
+    if net.op != "module":
+        raise Problem(mistakes.no_net(self.equations.versions["net"][-1].value))
     given = self.interface if net["name"] in (self.net, *self.averages) else Interface()
     extra = [_clocked(self, n, world, expr) for n in given.times[1:]]
     extra += [self.read(n, world, expr) for n in given.inputs]

@@ -169,6 +169,13 @@ def head(expr: Call, takes: str, given: str) -> Finding:
     return Finding("DIF121", text, Label(expr.span), help=hint)
 
 
+def no_net(expr: Expr) -> Finding:
+    """Something else stands for the network."""
+    text = f"`net` is a network, and `{expr.span.text}` is none"
+    hint = "write `student`, `teacher`, or the name of an `average`"
+    return Finding("DIF121", text, Label(expr.span), help=hint)
+
+
 def no_density(law: Argument, equations: Equations, block: str) -> Finding:
     """A density is asked of a law that has none; `block` is where it is asked."""
     text = f"`{law.span.text}` has no density that could be written down"

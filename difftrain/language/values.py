@@ -63,7 +63,7 @@ def read_option(formal: Formal, expr: Expr, scope: Scope, equations, found, uses
     value = read_value(expr, scope, equations, found, words, uses, wanted)
     if len(found) == before:
         check_domain(formal, expr, value, found)
-    return value
+    return value if len(found) == before else None
 
 
 def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None, wanted="part"):
