@@ -57,11 +57,16 @@ def _width(text: str) -> float:
 
 
 def _some(text: str) -> int:
-    if not _count(text):
-        raise argparse.ArgumentTypeError("no pictures are asked for: give a number from 1 on")
-    return int(text)
+    """A number of pictures: all of them are held in memory before they are written."""
+    number = int(text) if re.fullmatch(r"\d{1,9}", text) else 0
+    if not 1 <= number <= MOST:
+        raise argparse.ArgumentTypeError(
+            f"`{text}` is no number of pictures: give one from 1 to {MOST}"
+        )
+    return number
 
 
+MOST = 100_000  # pictures drawn by one command
 PATHS = arg("paths", nargs="*", metavar="PATH", help="files or folders; none is this folder")
 SPEC = arg("spec", nargs="?", default=".", metavar="SPEC", help="a .diff file, or its folder")
 OBJECTIVE = arg("--objective", metavar="NAME", help="which one, where a file has several")
@@ -191,7 +196,12 @@ COMMANDS: dict[str, Command] = {
             arg("--fid", metavar="FILE", help="score with FID too: Inception's TorchScript file"),
             arg("--weights", metavar="FILE", help="others than the newest, as `ema` wrote them"),
             SET,
-            arg("-o", "--output", metavar="FILE", help="a PNG; the run's name if not said"),
+            arg(
+                "-o",
+                "--output",
+                metavar="FILE",
+                help="a PNG, or an .npz of arrays; the run's name if not said",
+            ),
         ),
     ),
     "export": Command(

@@ -227,8 +227,8 @@ def test_a_truncated_checkpoint(trained, tmp_path, capsys, monkeypatch):
     assert error(capsys, "train", "--resume", str(cut)) == (
         2,
         f"the checkpoint `{cut}` cannot be read (Error while deserializing header: incomplete"
-        " metadata, file not fully covered): it was cut short or is no checkpoint; resume from an"
-        " older one",
+        " metadata, file not fully covered): it was cut short or is no checkpoint; give an older"
+        " one",
     )
     assert tiny.contents(trained) == before
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_of_another_network(trained, capsys, monkeypatch):
     assert error(capsys, "train", "--resume", LAST, "--set", "prediction_type=sample") == (
         2,
         f"the checkpoint `{LAST}` belongs to another objective (graph {hashes[0]}, and this spec is"
-        f" {hashes[1]}): resume with the spec it was made with",
+        f" {hashes[1]}): use the spec it was made with",
     )
     assert tiny.contents(trained) == before
 
@@ -266,7 +266,25 @@ def test_a_checkpoint_of_another_network(trained, capsys, monkeypatch):
             " checkpoint in it",
         ),
         (["runs/tiny", "--prompt", "picture zebra"], f"`zebra` {UNKNOWN}"),
-        (["runs/tiny", "-n", "0"], "no pictures are asked for: give a number from 1 on"),
+        (["runs/tiny", "-n", "0"], "`0` is no number of pictures: give one from 1 to 100000"),
+        (["runs/tiny", "-n", "-2"], "`-2` is no number of pictures: give one from 1 to 100000"),
+        (
+            ["runs/tiny", "-n", "5000000000000"],
+            "`5000000000000` is no number of pictures: give one from 1 to 100000",
+        ),
+        (
+            ["runs/tiny", "-o", "tiny.diff"],
+            "`tiny.diff` does not end in `.png`: samples of this run are pictures in a grid, so let"
+            " the file that `-o` names end so",
+        ),
+        (
+            ["runs/tiny", "-o", "photos/0.png"],
+            "`photos/0.png` is there already and holds no samples: give the name of another file",
+        ),
+        (
+            ["runs/tiny", "--set", "sample.solver=multistep(times = 700)"],
+            "`times` is a list of numbers: write one such as `times = [700, 300]`",
+        ),
         (
             ["runs/tiny", "--set", "train.steps=5"],
             "`train.steps` is not read here: set an option of `sample` or `data`",

@@ -183,6 +183,22 @@ def test_a_solver_that_starts_afresh_does_not_go_down_to_the_lowest_level():
         (SIGMA, {"low": 90}, "`low` must be below `high`"),
         (UNIT, {"times": (0.2, 0.5)}, r"`times = \[0.2, 0.5\]` must fall, and lie between 1 and 0"),
         (INDEX, {"times": (999,)}, "must fall, and lie between 999 and -1"),
+        (
+            INDEX,
+            {"times": (7.5,)},
+            r"`times = \[7.5\]` must be whole numbers: time is an index here",
+        ),
+        (
+            INDEX,
+            {"times": 7},
+            r"`times` is a list of numbers: write one such as `times = \[700, 300\]`",
+        ),
+        (
+            UNIT,
+            {"times": 0},
+            r"`times` is a list of numbers: write one such as `times = \[0.7, 0.3\]`",
+        ),
+        (UNIT, {"times": ((0.3,),)}, "`times` is a list of numbers: write one such as"),
         (SIGMA, {"times": (1, 2)}, "must fall, and lie above 0"),
         (UNIT, {"times": (0.5,), "steps": 3}, "contradict each other: leave `steps` out"),
     ],

@@ -55,9 +55,13 @@ def test_a_file_that_is_not_inceptions_is_told(tmp_path):
     torch.save({"a": torch.ones(2)}, path)
     other = tmp_path / "other.pt"
     torch.jit.script(nn.Flatten()).save(str(other))
-    for wrong in (path, other, tmp_path / "gone.pt"):
-        with pytest.raises(PartError, match=f"`{wrong}` is no TorchScript file of Inception: give"):
+    for wrong in (path, other):
+        with pytest.raises(PartError) as told:
             fid(noise(4, 1, 1.0), noise(4, 2, 1.0), wrong)
+        assert str(told.value) == (
+            f"`{wrong}` is not Inception: give its TorchScript file, such as"
+            " `inception-2015-12-05.pt`, which takes pictures and `return_features`"
+        )
 
 
 # ---- the table
@@ -93,6 +97,16 @@ def test_copies_are_told_and_show_what_was_asked_for(data, inception):
     assert not any("style" in name for name in found)
 
 
+def test_captions_that_mean_several_things_ask_for_none(data):
+    """A network without a condition has one caption for all, one of classes one for many."""
+    train = scores.decoded(scores.opened(data, "train", ""), 64)
+    found = cells(scores.table(train.pictures, [""] * 5, data, ""))
+    assert "copies: nearer than 0.25" in found and not any("asked for" in n for n in found)
+    classes = [record.caption for record in scores.opened(data, "train", "label").records]
+    found = cells(scores.table(train.pictures, classes, data, "label"))
+    assert found["`label` of the nearest training picture as asked for"][0] == "100.0%"
+
+
 def test_noise_is_far_from_everything(data):
     made = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     found = cells(scores.table(made, ["what no caption says"] * 6, data, "caption"))
@@ -120,7 +134,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     few, gone = (["-n", "2", "--score"], ["-n", "3", "--fid", "gone.pt"])
     for asked, says in (
         (few, "error: `--score` takes 3 pictures or more: say `-n`, a hundred or more"),
-        (gone, "error: `gone.pt` is no TorchScript file of Inception: give one such as"),
+        (
+            gone,
+            "error: there is no file `gone.pt`: give Inception by its TorchScript file, such as"
+            " `inception-2015-12-05.pt`",
+        ),
     ):
         assert main(["sample", "runs/tiny", *asked, "-o", "b.png"]) == 2
         assert capsys.readouterr().err.strip().split("\n")[-1].startswith(says)

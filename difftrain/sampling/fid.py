@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from difftrain.models.errors import PartError
 from difftrain.sampling.pictures import to_bytes
 
+FILE = "its TorchScript file, such as `inception-2015-12-05.pt`"
+
 
 def fid(made: Tensor, real: Tensor, weights: str | Path, batch: int = 64) -> float:
     """The distance of pictures [M, 3, H, W] from [N, 3, H, W], both in [-1, 1]; it falls as M
@@ -38,6 +40,8 @@ class Inception(nn.Module):
     def __init__(self, weights: str | Path):
         super().__init__()
         self.weights = weights
+        if not Path(weights).is_file():
+            raise PartError(f"there is no file `{weights}`: give Inception by {FILE}")
         try:
             self.network = torch.jit.load(str(weights), map_location="cpu").eval()
         except (RuntimeError, ValueError) as cause:
@@ -52,7 +56,4 @@ class Inception(nn.Module):
 
 
 def _wrong(weights: str | Path) -> str:
-    return (
-        f"`{weights}` is no TorchScript file of Inception: give one such as"
-        " `inception-2015-12-05.pt`, which takes pictures and `return_features`"
-    )
+    return f"`{weights}` is not Inception: give {FILE}, which takes pictures and `return_features`"

@@ -130,8 +130,8 @@ def check(law: Law, options: Mapping[str, object]) -> None:
         raise ValueError(
             "`low` must be below `high`: sigma / alpha falls from the one to the other"
         )
-    if options.get("times"):
-        _check_listed(list(options["times"]), options["steps"], low, high, kind == "index")
+    if times := _listed(options, kind == "index"):
+        _check_listed(times, options["steps"], low, high, kind == "index")
     elif kind == "index":
         _check(options["steps"], int(high))
 
@@ -142,8 +142,19 @@ def chosen(law: Law, options: Mapping[str, object]) -> str:
     return USUAL[law[0]] if word == "auto" else word
 
 
+def _listed(options: Mapping[str, object], counted: bool) -> list:
+    """The times that stand in the options. Raises ValueError for what is no list of numbers."""
+    times = options.get("times", ())
+    if not isinstance(times, tuple | list) or not all(isinstance(t, int | float) for t in times):
+        usual = "[700, 300]" if counted else "[0.7, 0.3]"
+        raise ValueError(f"`times` is a list of numbers: write one such as `times = {usual}`")
+    return list(times)
+
+
 def _check_listed(times: list, steps: int, low: float, high: float, counted: bool) -> None:
     first, last = (high - 1, -1) if counted else (high, low)
+    if counted and any(time != int(time) for time in times):
+        raise ValueError(f"`times = {times}` must be whole numbers: time is an index here")
     if any(a <= b for a, b in pairwise([first, *times, last])):
         within = f"between {first:g} and {last:g}" if math.isfinite(first) else f"above {last:g}"
         raise ValueError(f"`times = {times}` must fall, and lie {within}")

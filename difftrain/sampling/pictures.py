@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import Tensor
 GAP = 4  # white pixels between pictures and around them
 FONT_SIZE = 10
 LINE = 12  # pixels a caption line takes
-DIGITS = 4  # of a picture's number
+DIGITS = 4  # of a picture's number, at least
+NUMBER = re.compile(rf"\d{{{DIGITS}}}|[1-9]\d{{{DIGITS},}}")
 
 
 def grid_png(
@@ -38,9 +40,14 @@ def write_pngs(
     for i, (pixels, each) in enumerate(zip(to_bytes(images), settings, strict=True)):
         picture = Image.fromarray(pixels.numpy())
         _write(Path(folder) / f"{i:0{DIGITS}}.png", picture, _text(each))
-    for old in Path(folder).glob("[0-9]" * DIGITS + ".png"):
+    for old in numbered(Path(folder)):
         if int(old.stem) >= len(images):
             old.unlink()
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The pictures of a folder whose names are numbers."""
+    return [path for path in sorted(folder.glob("*.png")) if NUMBER.fullmatch(path.stem)]
 
 
 def _text(settings: Mapping[str, object]) -> PngImagePlugin.PngInfo:

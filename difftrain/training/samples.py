@@ -27,6 +27,7 @@ from difftrain.training.bundle import ARRAYS, Bundle, SettingError, block
 from difftrain.training.evaluate import Model
 from difftrain.training.folder import FolderError, open_run
 from difftrain.training.known import told
+from difftrain.training.outputs import places
 from difftrain.training.own import importable
 from difftrain.training.parts import build_parts, condition_field, held_out, opened
 from difftrain.training.sources import DataError, Pictures
@@ -57,6 +58,7 @@ def sample(
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
     fits(bundle, options["solver"])
     guiding(bundle, options)
+    path, place = places(bundle.name, ending(data), out, save)
     read = condition_field(objective)
     if prompts and not read:
         raise SettingError("this network reads no condition: leave out `--prompt`")
@@ -65,8 +67,6 @@ def sample(
         texts = list(prompts) or declared(options)
         texts = texts or _captions(data, read, count or options["count"])
         texts = list(islice(cycle(texts), count)) if count else texts
-        path = Path(out or f"{bundle.name}{ending(data)}")
-        place = Path(save) if save else path.with_name(f"{path.stem}-pictures")
         if tell:
             scores.possible(data, len(texts), inception)
         made, settings = make(model, options, data["size"], texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ class Real:
     found: Pictures
     pictures: Tensor
 
-    @property
-    def fields(self) -> dict[str, dict]:
-        """What the data say of each caption's picture."""
-        return {text: record.fields for record in self.found.records for text in record.captions}
+    def said(self, field: str) -> Iterator[tuple[str, str]]:
+        """Each caption with what a field of its record says, where it says something."""
+        for record in self.found.records:
+            if field in record.fields:
+                yield from ((text, str(record.fields[field])) for text in record.captions)
 
 
 def possible(data: Run, count: int, inception: str = "") -> None:
@@ -101,15 +103,17 @@ def _copies(made: Tensor, train: Real, other: Real | None) -> Iterator[Row]:
 
 def _wishes(made: Tensor, texts: Sequence[str], train: Real, other: Real | None) -> Iterator[Row]:
     """Whether the nearest real picture shows what was asked for, where the data tell what that is:
-    for captions of theirs."""
-    known = {**(other.fields if other else {}), **train.fields}
-    asked = [known.get(text, {}) for text in texts]
+    for captions of theirs that always mean the same."""
     for field, accuracy in ((CONCEPT, quality.concept_accuracy), (STYLE, quality.style_accuracy)):
-        if not all(field in fields for fields in asked) or not _told(train, field):
+        meant: dict[str, set[str]] = {}
+        for text, value in chain(train.said(field), other.said(field) if other else ()):
+            meant.setdefault(text, set()).add(value)
+        if not all(len(meant.get(text, ())) == 1 for text in texts) or not _told(train, field):
             continue
-        names = sorted({str(fields[field]) for fields in known.values() if field in fields})
-        labels = torch.tensor([names.index(str(r.fields[field])) for r in train.found.records])
-        wanted = torch.tensor([names.index(str(fields[field])) for fields in asked])
+        shown = [str(record.fields[field]) for record in train.found.records]
+        asked = [next(iter(meant[text])) for text in texts]
+        names = sorted({*shown, *asked})
+        labels, wanted = (torch.tensor([names.index(v) for v in vs]) for vs in (shown, asked))
         reals = Reals(train.pictures, labels, labels)
         title = f"`{field}` of the nearest training picture as asked for"
         chance = f"{quality.chance(wanted, labels):.1%} by chance"

@@ -172,7 +172,7 @@ def opened(path: Path, graph_hash: str | None = None) -> Iterator[safe_open]:
     except (SafetensorError, OSError) as problem:
         raise CheckpointError(
             f"the checkpoint `{path}` cannot be read ({problem}): it was cut short or is no"
-            " checkpoint; resume from an older one"
+            " checkpoint; give an older one"
         ) from None
     except ValueError as problem:
         raise CheckpointError(
@@ -184,7 +184,7 @@ def _same_graph(path: Path, theirs: str, ours: str) -> None:
     if theirs != ours:
         raise CheckpointError(
             f"the checkpoint `{path}` belongs to another objective (graph {theirs}, and this spec"
-            f" is {ours}): resume with the spec it was made with"
+            f" is {ours}): use the spec it was made with"
         )
 
 

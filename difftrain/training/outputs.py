@@ -1,0 +1,76 @@
+"""Where samples go: decided before anything is drawn, and never over what is no sample."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+from PIL import Image, UnidentifiedImageError
+
+from difftrain.sampling.pictures import numbered
+from difftrain.training.folder import FolderError
+
+PICTURES, ARRAYS = ".png", ".npz"  # how files of samples end
+MARK = "graph"  # every sample says by which graph it was made
+
+
+def places(name: str, ending: str, out: str | None, save: str | None) -> tuple[Path, Path]:
+    """The file of samples of a run, and where each of them goes beside it: `save`, or a folder.
+    Raises FolderError for a place that is taken or cannot be written."""
+    usual = f"{name}{ending}" if ending == PICTURES else f"{name}-samples{ending}"
+    path = Path(out or usual)
+    if path.suffix != ending:
+        made = "pictures in a grid" if ending == PICTURES else "arrays"
+        raise FolderError(
+            f"`{path}` does not end in `{ending}`: samples of this run are {made}, so let the file"
+            " that `-o` names end so"
+        )
+    if save and ending == ARRAYS:
+        raise FolderError("`--save` keeps pictures, and this run makes arrays: use `-o` alone")
+    if save and Path(save).suffix != ARRAYS:
+        raise FolderError(
+            f"`{save}` does not end in `.npz`: let the file that `--save` names end so"
+        )
+    place = Path(save) if save else path.with_name(f"{path.stem}-pictures")
+    _free(path)
+    if ending == PICTURES:
+        _free(place) if save else _own_pictures(place)
+    return path, place
+
+
+def _free(path: Path) -> None:
+    """Refuses a file that cannot be written, or that holds something else than samples."""
+    if path.exists() and not (path.is_file() and _drawn(path)):
+        what = "is a folder" if path.is_dir() else "is there already and holds no samples"
+        raise FolderError(f"`{path}` {what}: give the name of another file")
+    home = next(above for above in path.absolute().parents if above.exists())
+    if not home.is_dir():
+        raise FolderError(f"`{path}` lies in `{home}`, which is no folder: give another place")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise FolderError(f"nothing can be written in `{home}`: give another place for `{path}`")
+
+
+def _own_pictures(folder: Path) -> None:
+    """Refuses a folder whose pictures, which new ones replace, are no samples."""
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(
+            f"`{folder}` is where each picture would lie, and is no folder: give another name"
+            " with `-o`"
+        )
+    if strange := next((old for old in numbered(folder) if not _drawn(old)), None):
+        raise FolderError(
+            f"`{strange}` is no sample and would be written over: give another name with `-o`"
+        )
+
+
+def _drawn(path: Path) -> bool:
+    """Whether a file is one of samples, by what it says of itself."""
+    try:
+        if path.suffix == ARRAYS:
+            with ZipFile(path) as file:
+                return "settings.npy" in file.namelist()
+        with Image.open(path) as picture:
+            return MARK in picture.info
+    except (BadZipFile, UnidentifiedImageError):
+        return False
