@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "language": ({"lark"}, {"language"}),
     "importers": ({"yaml"}, {"language", "importers"}),
     "graph": ({"networkx"}, {"language", "graph"}),
-    "compiler": ({"networkx", "torch"}, {"language", "graph", "compiler"}),
+    "compiler": ({"networkx", "torch", "triton"}, {"language", "graph", "compiler"}),
     "models": (
         {
             "torch",

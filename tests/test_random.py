@@ -1,7 +1,11 @@
 """The random streams: published vectors, independence of the split, laws, compilation."""
 
 import math
+import os
+import subprocess
+import sys
 import zlib
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -193,3 +197,47 @@ def test_compiled_bits_are_the_eager_bits(device):
     expected = random.bits("t", 2**40 + 1, 5, index, 6)
     seed, step = (torch.tensor(n, device=device) for n in (2**40 + 1, 5))
     assert torch.equal(compiled(seed, step, index.to(device)).cpu(), expected)
+
+
+def test_each_draw_is_one_operator_of_what_is_compiled():
+    graphs = []
+
+    def seen(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    torch.compile(everything, fullgraph=True, backend=seen)(*map(torch.tensor, (1, 2)), INDEX[:6])
+    (names,) = graphs
+    assert sum("random_words" in name for name in names) == 5
+    assert len(names) < 80
+
+
+# ---- the kernel
+
+WORDS = [(-5, 9, 0, 0x9ABCDEF0, 3, 0), (2**40 + 1, 2**31 + 7, 2**32 - 3, 17, 5, random.FINE)]
+
+
+def kernel_gives_the_words(device: str) -> None:
+    from difftrain.compiler.random_kernel import launch
+
+    for seed, step, first, *numbers in WORDS:
+        index = torch.arange(first, first + 6)
+        given = (index, torch.tensor(seed), torch.tensor(step))
+        wanted = random.words(*given, *numbers)
+        there = [x.to(device) for x in given]
+        found = launch(*there, *numbers, torch.empty_like(wanted, device=device))
+        assert torch.equal(found.cpu(), wanted)
+
+
+if find_spec("triton"):
+
+    def test_the_kernel_in_slow_motion():
+        code = "import test_random as t; t.kernel_gives_the_words('cpu')"
+        paths = os.pathsep.join((os.path.dirname(__file__), *sys.path))
+        slow = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+        subprocess.run([sys.executable, "-c", code], env=slow, check=True)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernel_gives_the_words():
+    kernel_gives_the_words("cuda")

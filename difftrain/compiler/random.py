@@ -1,15 +1,17 @@
 """Named random streams: every draw is a pure function of (seed, step, sample index, stream).
 
 The generator is Philox4x32-10 (Salmon et al., SC 2011, "Parallel random numbers: as easy as
-1, 2, 3") in int64 tensor operations, so that it traces into the compiled step. Sample i gets the
-same bits whatever the batch, the world size and the device are. In every function below `seed`
-and `step` are ints or 0-d int64 tensors (tensors do not recompile), `index` is int64 [B], the
-global sample index, and `stream` a name. Longer draws begin with the shorter ones.
+1, 2, 3") in int64 tensor operations, and where a GPU and Triton are a kernel (`random_kernel`): one
+operator of the compiled step, since its ten rounds are two thirds of what there is to compile.
+Sample i gets the same bits whatever the batch, the world size and the device are. In every function
+below `seed` and `step` are ints or 0-d int64 tensors (tensors do not recompile), `index` is int64
+[B], the global sample index, and `stream` a name. Longer draws begin with the shorter ones.
 """
 
 import math
 import zlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -37,10 +39,10 @@ def philox(counter: Sequence[Word], key: Sequence[Word]) -> tuple[Word, Word, Wo
 
 
 def _multiply(word: Word, constant: int) -> tuple[Word, Word]:
-    """High and low word of a 64-bit product, by halves: signed overflow is undefined in C++."""
-    low = word * (constant & 0xFFFF)
-    middle = word * (constant >> 16) + (low >> 16)
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low word of word * constant, which needs 64 bits and no sign: as word * 2^32 and a
+    product that is negative and fits, since the constant is above 2^31."""
+    product = word * (constant - (1 << 32))
+    return (product >> 32) + word, product & MASK
 
 
 @torch.compiler.assume_constant_result
@@ -49,27 +51,53 @@ def stream_key(stream: str) -> int:
     return zlib.crc32(stream.encode())
 
 
-def _words(
-    stream: str, seed: Word, step: Word, index: Tensor, n: int, fine: int = 0
-) -> tuple[Tensor, ...]:
-    """Four words for each block of four draws, each int64 [B, ceil(n / 4)].
+def words(index: Tensor, seed: Tensor, step: Tensor, stream: int, blocks: int, fine: int) -> Tensor:
+    """Four words for each block of four draws, in draw order: int64 [B, 4 * blocks].
 
     The upper half of a seed above 32 bits is folded into the stream's key.
     """
-    block = torch.arange(math.ceil(n / 4), device=index.device) | fine
+    block = torch.arange(blocks, device=index.device) | fine
     sample = index[:, None]
     counter = (block, sample & MASK, step & MASK, (sample >> 32) & MASK)
-    return philox(counter, (seed & MASK, ((seed >> 32) & MASK) ^ stream_key(stream)))
+    key = (seed & MASK, ((seed >> 32) & MASK) ^ stream)
+    return torch.stack(philox(counter, key), dim=-1).flatten(1)
 
 
-def _flat(columns: Sequence[Tensor], n: int) -> Tensor:
-    """Block columns in draw order: [B, n]."""
-    return torch.stack(tuple(columns), dim=-1).flatten(1)[:, :n]
+def _words_on_gpu(index: Tensor, *rest) -> Tensor:
+    if find_spec("triton") is None:
+        return words(index, *rest)
+    from difftrain.compiler.random_kernel import launch
+
+    with torch.cuda.device_of(index):
+        return launch(index, *rest, _room(index, *rest))
 
 
-def bits(stream: str, seed: Word, step: Word, index: Tensor, n: int) -> Tensor:
+def _room(index: Tensor, seed: Tensor, step: Tensor, stream: int, blocks: int, fine: int) -> Tensor:
+    return index.new_empty(len(index), 4 * blocks)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("difftrain", "FRAGMENT")
+    numbers = "int stream, int blocks, int fine"
+    library.define(f"random_words(Tensor index, Tensor seed, Tensor step, {numbers}) -> Tensor")
+    library.impl("random_words", words, "CompositeExplicitAutograd")
+    library.impl("random_words", _words_on_gpu, "CUDA")
+    torch.library.register_fake("difftrain::random_words", _room, lib=library)
+    return library
+
+
+LIBRARY = _register()  # the operator is there while this is
+
+
+def bits(stream: str, seed: Word, step: Word, index: Tensor, n: int, fine: int = 0) -> Tensor:
     """Uniform 32-bit words: int64 [B, n], values in [0, 2^32)."""
-    return _flat(_words(stream, seed, step, index, n), n)
+    key = (_tensor(seed, index), _tensor(step, index), stream_key(stream))
+    return torch.ops.difftrain.random_words(index, *key, math.ceil(n / 4), fine)[:, :n]
+
+
+def _tensor(word: Word, index: Tensor) -> Tensor:
+    """The word where the index is."""
+    return word if isinstance(word, Tensor) else torch.tensor(word, device=index.device)
 
 
 def uniform(
@@ -88,7 +116,7 @@ def uniform(
     n = math.prod(shape)
     word = bits(stream, seed, step, index, n)
     if dtype == torch.float64:
-        drawn = _refined(word, _flat(_words(stream, seed, step, index, n, FINE), n))
+        drawn = _refined(word, bits(stream, seed, step, index, n, FINE))
     else:
         drawn = ((word >> 9) * 2 + 1).to(dtype) * 2.0**-24
     return drawn.reshape(len(index), *shape)
@@ -108,13 +136,13 @@ def normal(
     agrees with the float32 one to its rounding.
     """
     n = math.prod(shape)
-    words = _words(stream, seed, step, index, n)
+    pairs = n + n % 2
+    word = bits(stream, seed, step, index, pairs)
     if dtype == torch.float64:
-        unit = map(_refined, words, _words(stream, seed, step, index, n, FINE))
+        unit = _refined(word, bits(stream, seed, step, index, pairs, FINE))
     else:
-        unit = ((2 * word + 1).float() * 2.0**-33 for word in words)
-    a, b, c, d = unit
-    drawn = _flat((*_box_muller(a, b), *_box_muller(c, d)), n)
+        unit = (2 * word + 1).float() * 2.0**-33
+    drawn = _box_muller(unit[:, 0::2], unit[:, 1::2])[:, :n]
     return drawn.to(dtype).reshape(len(index), *shape)
 
 
@@ -123,10 +151,10 @@ def _refined(word: Tensor, rest: Tensor) -> Tensor:
     return (((word << 20) | (rest >> 12)) * 2 + 1).double() * 2.0**-53
 
 
-def _box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent normals from two uniforms."""
-    length = torch.sqrt(-2 * torch.log(radius))
-    return length * torch.cos(2 * math.pi * angle), length * torch.sin(2 * math.pi * angle)
+def _box_muller(radius: Tensor, angle: Tensor) -> Tensor:
+    """Two independent normals from each two uniforms: [B, n] and [B, n] give [B, 2 * n]."""
+    length, angle = torch.sqrt(-2 * torch.log(radius)), 2 * math.pi * angle
+    return (length[..., None] * torch.stack((angle.cos(), angle.sin()), dim=-1)).flatten(1)
 
 
 def integer(

@@ -29,6 +29,7 @@ from difftrain.models.text import TextEncoder
 
 CARRIED = (
     "compiler/random.py",
+    "compiler/random_kernel.py",
     "export/loader.py",
     "export/png.py",
     "export/running.py",
