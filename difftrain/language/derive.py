@@ -62,6 +62,7 @@ class Derivation:
     active: list = field(default_factory=list)
     read_equations: set = field(default_factory=set)
     read_names: set = field(default_factory=set)
+    moments: list = field(default_factory=list)  # (term, what was written) of each other time
     depth: int = 0
     drawing: bool = False  # inside the law of a draw
     streams: int = 0
@@ -326,6 +327,8 @@ class Derivation:
             if inner is None:
                 raise Problem(self._unknown((argument.name,), argument, frame))
             values[inner] = self.value(argument.value, frame)
+            if inner == "t" and isinstance(values[inner], Term):
+                self.moments.append((values[inner], argument.value))
             if inner == "net" and getattr(values[inner], "op", "") != "module":
                 raise Problem(mistakes.no_net(argument.value))
         return self.read(name, frame.world.swap(values), expr)

@@ -37,6 +37,7 @@ RULES = (
     path.grid,
     singular.singular,
     undefined.entries,
+    path.moments,
     loss.per_sample,
     loss.gradient,
     loss.weights_are_read,

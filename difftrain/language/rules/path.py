@@ -6,11 +6,12 @@ import math
 
 from difftrain.language.algebra import NotLinear, linear
 from difftrain.language.finding import Finding, Label
+from difftrain.language.names import is_shipped
 from difftrain.language.numbers import Support, draws, points, support, values
 from difftrain.language.operations import LAWS
 from difftrain.language.rules.case import ALONG, Case, inside, shown
 from difftrain.language.scope import Equation, Need, formals, parts
-from difftrain.language.term import Term, const, leaf, rebuild, show
+from difftrain.language.term import Term, const, leaf, rebuild, show, walk
 from difftrain.language.tree import Binary, Call, Define, Name
 
 X0, EPS = (leaf("variable", "field", name=n) for n in ("x0", "eps"))
@@ -220,12 +221,35 @@ def grid(case: Case, found: list[Finding]) -> None:
             found.append(Finding("DIF206", text, at, because=because, help=hint))
 
 
-def _within(given: Support, allowed: Support) -> bool:
-    slack = 1e-9 * max(1.0, abs(allowed.low))
+def moments(case: Case, found: list[Finding]) -> None:
+    """A quantity that is read at another time is read where the process is defined."""
+    process, allowed = case.slot("process"), case.own_times if case.own_time else Support()
+    if process is None or not allowed or any(f.code in ("DIF206", "DIF221") for f in found):
+        return
+    for term, written in case.reading.moments:
+        known = not any(part.op == "input" for part in walk(term))  # else only a run can tell
+        given = support(term) if known else Support()
+        if not given or is_shipped(written.span) or _within(given, allowed, NEAR):
+            continue
+        name = process.definition.name
+        text = f"`t = {written.span.text}` leaves the range on which `{name}` is defined"
+        because = f"it gives {_range(given)}, and `{name}` is defined for {_range(allowed)}"
+        hint = f"keep it in {shown(allowed.low)}..{shown(allowed.high)}, with `min` or `max`"
+        found.append(Finding("DIF206", text, Label(written.span), (), because, hint))
+        return
+
+
+NEAR = 1e-4  # of an end, at which a law may stop only to be safe
+
+
+def _within(given: Support, allowed: Support, near: float = 1e-9) -> bool:
+    slack = near * max(1.0, abs(allowed.low))
     return allowed.low - slack <= given.low and given.high <= allowed.high + slack
 
 
 def _range(support: Support) -> str:
+    if support.low == support.high:
+        return shown(support.low)
     return f"{shown(support.low)} to {shown(support.high)}"
 
 
