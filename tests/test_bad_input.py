@@ -1,6 +1,7 @@
 """What cannot be trained on or sampled from: the whole message, the exit code, and nothing lost."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+import difftrain
 from difftrain.cli import main
 from difftrain.training.bundle import compile_spec
 
@@ -301,6 +303,47 @@ def test_what_cannot_be_sampled(trained, capsys, monkeypatch, argv, says):
     before = tiny.contents(trained)
     assert error(capsys, "sample", *argv) == (2, says)
     assert tiny.contents(trained) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        (
+            "levels.py",
+            None,
+            "the run `run` has lost its `levels.py`: bring it back, or train again",
+        ),
+        (
+            "spec.diff",
+            None,
+            "the run `run` has lost its `spec.diff`: bring it back, or train again",
+        ),
+        (
+            "manifest.json",
+            '{"name": ',
+            "the `manifest.json` of the run `run` is damaged: bring it back, or train again",
+        ),
+        (
+            "manifest.json",
+            '{"name": "tiny", "graph": "0", "difftrain": "0.0.1"}',
+            "the run `run` is of difftrain 0.0.1, whose `manifest.json` says no `settings`, and"
+            f" this is {difftrain.__version__}: use that version, or train again",
+        ),
+    ],
+)
+def test_a_run_that_is_not_whole(trained, capsys, monkeypatch, tmp_path, file, text, says):
+    shutil.copytree(trained / "runs" / "tiny", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    Path("run", file).unlink() if text is None else Path("run", file).write_text(text)
+    assert error(capsys, "sample", "run") == (2, says)
+
+
+def test_a_run_where_no_folder_can_be(trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+    assert error(capsys, "train", "--out", "tiny.diff/run") == (
+        2,
+        f"`tiny.diff/run` lies in `{trained}/tiny.diff`, which is no folder: give another place",
+    )
 
 
 def test_sampling_without_the_pictures(trained, capsys, monkeypatch, tmp_path):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
-from difftrain.compiler.texts import MANIFEST, read
+import difftrain
+from difftrain.compiler.texts import MANIFEST, SPEC, read
 from difftrain.training.bundle import Bundle, open_bundle
 from difftrain.training.state import CheckpointError, newest
 
 HOME = Path("runs")
 MADE = "averages"  # the folder of averages that were put together after training
+FILES = (SPEC, "step.py", "estimates.py", "levels.py")  # what every run is made of
+TOLD = ("name", "graph", "settings", "time", "guidance", "dropping", "baseline")
 INSIDE = ("checkpoints", MADE)  # folders of a run whose files hold weights
 
 
@@ -34,12 +38,22 @@ def place(bundle: Bundle, resume: str, out: str | None) -> tuple[Path, Path | No
     else:
         folder = Path(out) if out else _free(bundle.name)
     ours = _holds(folder, checkpoint) or (resume == "auto" and _belongs(folder, bundle))
+    writable(folder)
     if _taken(folder) and not ours:
         raise FolderError(
             f"`{folder}` is there already, and a new run never writes over an old one: give another"
             " folder, or go on with `--resume auto`"
         )
     return folder, checkpoint
+
+
+def writable(path: Path) -> None:
+    """Refuses a place where nothing can be written. Raises FolderError."""
+    home = next(above for above in path.absolute().parents if above.exists())
+    if not home.is_dir():
+        raise FolderError(f"`{path}` lies in `{home}`, which is no folder: give another place")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise FolderError(f"nothing can be written in `{home}`: give another place for `{path}`")
 
 
 def _taken(folder: Path) -> bool:
@@ -106,4 +120,26 @@ def open_run(path: str) -> tuple[Bundle, Path]:
             f"`{path}` is not in the folder of a run: give a folder that training wrote, or a"
             " checkpoint in it"
         )
-    return open_bundle(read(folder)), checkpoint
+    return _whole(folder), checkpoint
+
+
+def _whole(folder: Path) -> Bundle:
+    """The bundle in a run folder, if all of it is there. Raises FolderError."""
+    bundle = open_bundle(read(folder))
+    if lost := next((name for name in FILES if name not in bundle.texts), None):
+        raise FolderError(
+            f"the run `{folder}` has lost its `{lost}`: bring it back, or train again"
+        )
+    try:
+        told = bundle.manifest
+    except ValueError as problem:
+        raise FolderError(
+            f"the `{MANIFEST}` of the run `{folder}` is damaged: bring it back, or train again"
+        ) from problem
+    if lost := next((name for name in TOLD if name not in told), None):
+        raise FolderError(
+            f"the run `{folder}` is of difftrain {told.get('difftrain', 'of before')}, whose"
+            f" `{MANIFEST}` says no `{lost}`, and this is {difftrain.__version__}: use that"
+            " version, or train again"
+        )
+    return bundle

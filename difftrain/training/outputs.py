@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 from PIL import Image, UnidentifiedImageError
 
 from difftrain.sampling.pictures import numbered
-from difftrain.training.folder import FolderError
+from difftrain.training.folder import FolderError, writable
 
 PICTURES, ARRAYS = ".png", ".npz"  # how files of samples end
 MARK = "graph"  # every sample says by which graph it was made
@@ -44,11 +43,7 @@ def _free(path: Path) -> None:
     if path.exists() and not (path.is_file() and _drawn(path)):
         what = "is a folder" if path.is_dir() else "is there already and holds no samples"
         raise FolderError(f"`{path}` {what}: give the name of another file")
-    home = next(above for above in path.absolute().parents if above.exists())
-    if not home.is_dir():
-        raise FolderError(f"`{path}` lies in `{home}`, which is no folder: give another place")
-    if not os.access(home, os.W_OK | os.X_OK):
-        raise FolderError(f"nothing can be written in `{home}`: give another place for `{path}`")
+    writable(path)
 
 
 def _own_pictures(folder: Path) -> None:
