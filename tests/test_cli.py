@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from difftrain.cli import COMMANDS, main, usage
 from difftrain.commands.check import summary
-from difftrain.commands.failure import failure
+from difftrain.commands.failure import EXTRAS, failure
 from difftrain.language.codes import CODES
 
 ROOT = Path(__file__).parent.parent
@@ -272,6 +274,18 @@ def test_an_absent_package(home, capsys, monkeypatch):
     code, out, err = run(capsys, "graph")
     assert (code, out) == (3, "")
     assert err == "error: `networkx` is not installed here: install it and try again\n"
+
+
+def test_every_extra_names_its_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for package, extra in EXTRAS.items():
+        assert any(re.match(rf"{package.replace('_', '-')}\b", wanted) for wanted in extras[extra])
+        told = failure(ModuleNotFoundError(f"No module named '{package}'", name=package))
+        assert (str(told), told.code) == (
+            f"`{package}` is not installed here: install difftrain with its extra `{extra}`",
+            3,
+        )
 
 
 def test_our_own_bug(home):

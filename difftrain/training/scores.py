@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from difftrain.language.options import Run
+from difftrain.models.vision import PACKAGE
 from difftrain.sampling import kid, quality
 from difftrain.sampling.fid import fid, metric
 from difftrain.sampling.quality import Reals
@@ -38,11 +40,13 @@ class Real:
 
 
 def possible(data: Run, count: int, inception: str = "") -> None:
-    """Refuses what could not be scored once it is drawn. Raises SettingError and PartError."""
+    """Refuses what could not be scored once it is drawn. Raises SettingError, PartError, and
+    ModuleNotFoundError where what pictures are seen with is not installed."""
     if data["source"].module == ARRAYS:
         raise SettingError("`--score` compares pictures, and this run makes arrays: leave it out")
     if count < LEAST:
         raise SettingError(f"`--score` takes {LEAST} pictures or more: say `-n`, a hundred or more")
+    import_module(PACKAGE)
     if inception:
         metric(inception)
 
