@@ -1,11 +1,18 @@
-"""A step that is compiled ahead is the one that a run looks for, in a process that has nothing."""
+"""Steps are compiled once: ahead, for a process that has nothing, and as long as a run lasts."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from difftrain.cli import main
+from difftrain.training import run
 
 ROOT = Path(__file__).parent.parent
 SPEC = """diff 1
@@ -52,16 +59,48 @@ def _python(home: Path, cache: str, *argv: str) -> str:
     return done.stderr
 
 
-def test_a_fresh_process_finds_its_step_in_the_file(tmp_path):
+@pytest.fixture
+def home(tmp_path):
+    """A folder with the spec, its network and its data."""
     (tmp_path / "waves.diff").write_text(SPEC)
     (tmp_path / "waves.py").write_text(NETWORK)
     values = np.random.default_rng(0).standard_normal((8, 1, 4), dtype=np.float32)
     np.savez(tmp_path / "waves.npz", x=values)
-    said = _python(tmp_path, "one", "-m", "difftrain", "compile", "waves.diff")
+    return tmp_path
+
+
+def test_a_fresh_process_finds_its_step_in_the_file(home):
+    said = _python(home, "one", "-m", "difftrain", "compile", "waves.diff")
     assert "the step is compiled for " in said
-    said = _python(tmp_path, "two", "-I", "waves", "--out", "run")
+    said = _python(home, "two", "-I", "waves", "--out", "run")
     assert "the compiled step is out of this file: " in said
-    said = _python(
-        tmp_path, "two", "-I", "waves", "--out", "run", "--resume", "auto", "--steps", "8"
-    )
+    said = _python(home, "two", "-I", "waves", "--out", "run", "--resume", "auto", "--steps", "8")
     assert "resumed at step 6" in said and "the compiled step is out of this file: " in said
+
+
+def test_a_resumed_run_finds_its_step_compiled(home):
+    argv = ("-m", "difftrain", "train", "waves.diff")
+    assert "the step was compiled: " in _python(home, "one", *argv)
+    said = _python(home, "one", *argv, "--resume", "auto", "--steps", "8")
+    assert "resumed at step 6" in said and "the step was found compiled on this machine: " in said
+
+
+def test_a_long_run_compiles_once_and_holds_no_more_memory(home, monkeypatch):
+    """Pictures are drawn all along; the first time is when libraries fetch what they need."""
+    seen = []
+
+    def drawn(session, done, draw=run.grid):
+        path = draw(session, done)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        seen.append((done, counters["stats"]["unique_graphs"], peak))
+        return path
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(run, "grid", drawn)
+    options = ("--set", "train.sample_every=50", "--set", "train.log_every=20")
+    assert main(["train", "waves.diff", "--steps", "300", *options]) == 0
+    steps, graphs, peaks = zip(*seen, strict=True)
+    assert steps == (50, 100, 150, 200, 250, 300) and set(graphs) == {1}
+    assert peaks[-1] - peaks[1] < 4096  # kilobytes

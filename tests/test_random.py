@@ -214,18 +214,18 @@ def test_each_draw_is_one_operator_of_what_is_compiled():
 
 # ---- the kernel
 
-WORDS = [(-5, 9, 0, 0x9ABCDEF0, 3, 0), (2**40 + 1, 2**31 + 7, 2**32 - 3, 17, 5, random.FINE)]
+WORDS = [(-5, 9, 0, "eps", 3, 0), (2**40 + 1, 2**31 + 7, 2**32 - 3, "t", 5, random.FINE)]
 
 
 def kernel_gives_the_words(device: str) -> None:
     from difftrain.compiler.random_kernel import launch
 
-    for seed, step, first, *numbers in WORDS:
+    for seed, step, first, stream, *size in WORDS:
         index = torch.arange(first, first + 6)
         given = (index, torch.tensor(seed), torch.tensor(step))
-        wanted = random.words(*given, *numbers)
-        there = [x.to(device) for x in given]
-        found = launch(*there, *numbers, torch.empty_like(wanted, device=device))
+        wanted = random.words(*given, stream, *size)
+        there, out = [x.to(device) for x in given], torch.empty_like(wanted, device=device)
+        found = launch(*there, random.stream_key(stream), *size, out)
         assert torch.equal(found.cpu(), wanted)
 
 

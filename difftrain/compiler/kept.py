@@ -16,7 +16,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 Facts = dict[str, object]  # what a compiled step is only good for
 
@@ -78,6 +77,7 @@ def outside(modules: Mapping[str, nn.Module], plan: object) -> dict[str, object]
 
 def found() -> bool:
     """Whether all that this process compiled was found in the caches of this machine."""
+    counters = torch._dynamo.utils.counters
     graphs, steps = counters["inductor"], counters["aot_autograd"]
     missed = (graphs["fxgraph_cache_miss"], graphs["fxgraph_cache_bypass"])
     missed += (steps["autograd_cache_miss"], steps["autograd_cache_bypass"])

@@ -45,13 +45,12 @@ def _multiply(word: Word, constant: int) -> tuple[Word, Word]:
     return (product >> 32) + word, product & MASK
 
 
-@torch.compiler.assume_constant_result
 def stream_key(stream: str) -> int:
     """The 32-bit number that stands for a stream's name."""
     return zlib.crc32(stream.encode())
 
 
-def words(index: Tensor, seed: Tensor, step: Tensor, stream: int, blocks: int, fine: int) -> Tensor:
+def words(index: Tensor, seed: Tensor, step: Tensor, stream: str, blocks: int, fine: int) -> Tensor:
     """Four words for each block of four draws, in draw order: int64 [B, 4 * blocks].
 
     The upper half of a seed above 32 bits is folded into the stream's key.
@@ -59,26 +58,29 @@ def words(index: Tensor, seed: Tensor, step: Tensor, stream: int, blocks: int, f
     block = torch.arange(blocks, device=index.device) | fine
     sample = index[:, None]
     counter = (block, sample & MASK, step & MASK, (sample >> 32) & MASK)
-    key = (seed & MASK, ((seed >> 32) & MASK) ^ stream)
+    key = (seed & MASK, ((seed >> 32) & MASK) ^ stream_key(stream))
     return torch.stack(philox(counter, key), dim=-1).flatten(1)
 
 
-def _words_on_gpu(index: Tensor, *rest) -> Tensor:
+def _words_on_gpu(
+    index: Tensor, seed: Tensor, step: Tensor, stream: str, blocks: int, fine: int
+) -> Tensor:
     if find_spec("triton") is None:
-        return words(index, *rest)
+        return words(index, seed, step, stream, blocks, fine)
     from difftrain.compiler.random_kernel import launch
 
+    out = _room(index, seed, step, stream, blocks, fine)
     with torch.cuda.device_of(index):
-        return launch(index, *rest, _room(index, *rest))
+        return launch(index, seed, step, stream_key(stream), blocks, fine, out)
 
 
-def _room(index: Tensor, seed: Tensor, step: Tensor, stream: int, blocks: int, fine: int) -> Tensor:
+def _room(index: Tensor, seed: Tensor, step: Tensor, stream: str, blocks: int, fine: int) -> Tensor:
     return index.new_empty(len(index), 4 * blocks)
 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("difftrain", "FRAGMENT")
-    numbers = "int stream, int blocks, int fine"
+    numbers = "str stream, int blocks, int fine"
     library.define(f"random_words(Tensor index, Tensor seed, Tensor step, {numbers}) -> Tensor")
     library.impl("random_words", words, "CompositeExplicitAutograd")
     library.impl("random_words", _words_on_gpu, "CUDA")
@@ -91,7 +93,7 @@ LIBRARY = _register()  # the operator is there while this is
 
 def bits(stream: str, seed: Word, step: Word, index: Tensor, n: int, fine: int = 0) -> Tensor:
     """Uniform 32-bit words: int64 [B, n], values in [0, 2^32)."""
-    key = (_tensor(seed, index), _tensor(step, index), stream_key(stream))
+    key = (_tensor(seed, index), _tensor(step, index), stream)
     return torch.ops.difftrain.random_words(index, *key, math.ceil(n / 4), fine)[:, :n]
 
 
