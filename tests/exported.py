@@ -32,7 +32,7 @@ RUNS = {
         "prediction": "flow",
         "strategy": "  strategy        = drop_condition(0.1)\n",
         "backbone": f"{DIT}label.classes(count = 8))",
-        "sample": "solver = euler(steps = 2), guidance = 3",
+        "sample": "solver = ddim(steps = 2, eta = 1), guidance = 3",
     },
     "jump": {
         "imports": "import std.sd\nimport std.sit",

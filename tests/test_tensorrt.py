@@ -23,7 +23,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from difftrain.export import cache, engine, package, tensorrt
+from difftrain.export import cache, engine, loader, package, tensorrt
 from difftrain.export.engine import LIBRARIES, Profile, Source, build, library
 from difftrain.export.errors import ExportError
 from difftrain.export.manifest import tabled
@@ -33,6 +33,7 @@ from difftrain.export.png import png, sheet
 from difftrain.export.running import Refused, Runner, Walk, gpu, runtime
 from difftrain.export.tokens import BytePairs, UnknownWords, words
 from difftrain.models.encoders import t5
+from difftrain.models.errors import PartError
 from difftrain.models.joined import Joined
 from difftrain.models.labels import label
 from difftrain.models.text import clip
@@ -99,7 +100,9 @@ def test_an_engine_is_built_without_a_gpu(source):
 def test_what_no_engine_is_made_of(tmp_path):
     path = tmp_path / "b.onnx"
     path.write_bytes(b"not a graph")
-    with pytest.raises(ExportError, match="`b` has no engine: "):
+    with pytest.raises(
+        ExportError, match=r"`b` has no engine \(.+\): export to another target, such as"
+    ):
         build(Source("b", path, None), EVERY, RTX)
 
 
@@ -215,6 +218,15 @@ def test_what_an_engine_is_found_by(source, tmp_path):
 
 # ---- tokens without the packages of training
 
+
+@pytest.fixture(scope="module")
+def carried():
+    """What a file knows of a small encoder with all of CLIP's tokens, and its files."""
+    encoder = clip(layers=1, width=16, heads=2, length=8)
+    (about,), data = package.encoders(encoder, "`clip`", ["a prompt of the run"])
+    return about, data
+
+
 ODD = [
     "",
     "a red apple",
@@ -226,39 +238,45 @@ ODD = [
 ]
 
 
-def test_tokens_are_those_of_the_tokenizer():
-    encoder = clip(layers=1, width=16, heads=2, length=8)
-    (about,), data = package.encoders(encoder, ["a prompt of the run"])
+def test_tokens_are_those_of_the_tokenizer(carried):
+    about, data = carried
     ours = BytePairs(about, data[about["file"]])
     assert ours.ids(ODD) == clip_tokenizer(say=list)(ODD, 8).tolist()
     assert about["vocabulary"] == [] and list(words("don't go")) == ["don", "'t", "go"]
 
 
-def test_words_that_were_not_trained():
+def test_words_that_were_not_trained(carried):
+    about, data = carried
     known = clip_tokenizer().used(["a red apple"])
     encoder = clip(layers=1, width=16, heads=2, length=8, vocabulary=known)
-    (about,), data = package.encoders(encoder)
-    ours = BytePairs(about, data[about["file"]])
+    ours = BytePairs({**about, "vocabulary": encoder.vocabulary}, data[about["file"]])
     assert ours.ids(["a red apple"]) == encoder.ids(["a red apple"]).tolist()
     with pytest.raises(UnknownWords, match="`blue`, `pear` never occurred in training"):
         ours.ids(["a red apple", "a blue pear"])
 
 
 def test_encoders_that_a_file_carries():
-    labels, small = label(count=3, vocabulary=["cat", "dog"]), clip(layers=1, width=16, heads=2)
-    assert package.encoders(None) == ([], {})
+    labels = label(count=3, vocabulary=["cat", "dog"])
+    assert package.encoders(None, "nothing") == ([], {})
     about = {"kind": "labels", "classes": 3, "names": ["cat", "dog"], "field": "label"}
-    assert package.encoders(labels) == ([about], {})
-    abouts, data = package.encoders(Joined([small, t5(layers=1, width=16, heads=2, length=6)]))
-    assert [a["length"] for a in abouts] == [77, 6] and list(data) == ["text/0", "text/1"]
+    assert package.encoders(labels, "`label`") == ([about], {})
+    sizes = {"layers": 1, "width": 16, "heads": 2}
+    both = Joined([clip(**sizes, length=8), t5(**sizes, length=6)])
+    abouts, data = package.encoders(both, "`clip` and `t5`")
+    assert [a["length"] for a in abouts] == [8, 6] and list(data) == ["text/0", "text/1"]
 
 
 def test_an_encoder_that_no_file_carries():
     class Own(torch.nn.Module):
         tokens = None
 
-    with pytest.raises(ExportError, match="has a tokenizer that the file cannot carry"):
-        package.encoders(Own())
+    with pytest.raises(ExportError) as problem:
+        package.encoders(Own(), "`own:words`")
+    assert str(problem.value) == (
+        "`own:words` encodes the prompts of this run, and the file carries the tokens of `sd.clip`,"
+        " `t5.encoder` and `label.classes` alone: train with one of these, or export to `onnx`,"
+        " which leaves tokens to the caller"
+    )
 
 
 # ---- pictures
@@ -372,26 +390,56 @@ def run_file(file: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
 
 
-@pytest.mark.parametrize(
-    ("argv", "code", "says"),
-    [
-        (["-o", "a.jpg"], 2, "`a.jpg` must end in .png or .npz"),
-        ([], 2, 'say with `--prompt "..."` what to draw'),
-        (
-            ["--prompt", "a", "--size", "96"],
-            2,
-            "this file holds engines for a size of 64, not 96: export again with that size",
-        ),
-        (
-            ["--prompt", "a", "--batch", "16"],
-            2,
-            "this file draws batches of 1 to 8, not 16: export again with `batch = 1..16`",
-        ),
+REFUSED = {
+    "`a.jpg` must end in .png or .npz": ["-o", "a.jpg"],
+    'say with `--prompt "..."` what to draw': [],
+    "this file holds engines for a size of 64, not 96: export again with that size": [
+        *("--prompt", "a", "--size", "96"),
     ],
-)
-def test_what_the_file_refuses(made, tmp_path, argv, code, says):
-    done = run_file(made[0], *argv, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (code, f"error: {says}\n")
+    "this file draws batches of 1 to 8, not 16: export again with `batch = 1..16`": [
+        *("--prompt", "a", "--batch", "16"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("says", "argv"), REFUSED.items())
+def test_what_the_file_refuses(made, capsys, says, argv):
+    assert loader.main([str(made[0]), *argv]) == 2
+    assert capsys.readouterr().err == f"error: {says}\n"
+
+
+def test_the_file_refuses_in_a_process_of_its_own(made, tmp_path):
+    done = run_file(made[0], "--prompt", "a", "--size", "96", cwd=tmp_path)
+    says = "error: this file holds engines for a size of 64, not 96: export again with that size\n"
+    assert (done.returncode, done.stderr) == (2, says)
+
+
+SIZES = {
+    "`sizes` lists -4, and each is the side of pictures in pixels: list whole numbers, as in"
+    " `sizes = [256, 512]`": [64, -4],
+    "the codec takes pictures whose sides are multiples of 8, not 63 x 63: change `size`": [63],
+}
+
+
+@pytest.mark.parametrize(("says", "sizes"), SIZES.items())
+def test_sizes_that_cannot_be_drawn(tmp_path, says, sizes):
+    run = untrained("ddim(steps = 2)")
+    run.target.values["sizes"] = sizes
+    with pytest.raises((ExportError, PartError)) as problem:
+        tensorrt.export(run, tmp_path / "a")
+    assert str(problem.value) == says
+
+
+def test_a_size_that_the_network_does_not_take(tmp_path):
+    class Picky(torch.nn.Module):
+        def forward(self, x, t, cond=None, null=None):
+            return x.reshape(2, 7)
+
+    backbone = pieces(untrained("ddim(steps = 2)"), "fp32")["backbone"]
+    with pytest.raises(ExportError) as problem:
+        tensorrt._takes(replace(backbone, module=Picky()), 64)
+    assert str(problem.value).startswith("the network takes no samples of size 64 (RuntimeError: ")
+    assert str(problem.value).endswith("): export with other `sizes`")
 
 
 def test_the_file_tells_about_itself(made, tmp_path):

@@ -181,8 +181,9 @@ def _text(run: Opened, kind: str, instead: str) -> TextEncoder:
     model = getattr(text, "model", None)
     if type(model).__name__ != kind or text.before is not None:
         raise ExportError(
-            f"the pipeline of this network reads text through one `{instead}`, and the backbone has"
-            f" something else: write `text = {instead}`"
+            f"{run.encoder} encodes the prompts of this run, and the pipeline of its network reads"
+            f" them through one `{instead}`: train with `text = {instead}`, or export to another"
+            " target, such as `onnx`"
         )
     return text
 

@@ -19,6 +19,7 @@ import torch
 from difftrain.export.errors import ExportError
 from difftrain.export.running import TYPES, log
 from difftrain.export.trace import BATCH
+from difftrain.models.foreign import reason
 
 PORTABLE = "8.0"  # the least compute capability of engines that are built for no GPU alone
 Tensors = dict[str, tuple[str, list]]  # type and dimensions by name
@@ -139,12 +140,12 @@ def _from_onnx(source: Source, profile: Profile, maker: Library) -> Made:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, said)
     if not parser.parse_from_file(str(source.onnx)):
-        raise ExportError(f"`{source.name}` has no engine: {parser.get_error(0).desc()}")
+        raise ExportError(_none(source, parser.get_error(0).desc().partition("\n")[0]))
     described = _described(network)
     config = _config(trt, builder, described["inputs"], profile)
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise ExportError(f"`{source.name}` has no engine: {said.first()}")
+        raise ExportError(_none(source, said.first()))
     return bytes(data), described
 
 
@@ -203,7 +204,7 @@ def _from_program(source: Source, profile: Profile, maker: Library) -> Made:
             hardware_compatible=profile.portable,
         )
     except Exception as cause:  # whatever it is, the library has told it in its log
-        raise ExportError(f"`{source.name}` has no engine: {cause}") from cause
+        raise ExportError(_none(source, reason(cause))) from cause
     return bytes(data), {"inputs": inputs}
 
 
@@ -227,6 +228,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 # ---- what both need
+
+
+def _none(source: Source, why: str) -> str:
+    return f"`{source.name}` has no engine ({why}): export to another target, such as `onnx`"
 
 
 def sized(dims: Iterable, batch: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
 from difftrain.export.parity import Call, bare, gate
-from difftrain.export.trace import BATCH, quiet, traced
+from difftrain.export.trace import BATCH, batches, quiet, traced
 from difftrain.models.foreign import reason
 
 OPSET = 20
@@ -44,7 +44,7 @@ def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> P
 def write(made: Mapping[str, Piece], folder: Path, batch: tuple[int, int]) -> dict[str, Path]:
     """The ONNX file of every piece, for batches from the one size to the other; the dimension is
     called `batch`. Raises ExportError."""
-    return {name: _written(name, piece, folder, batch) for name, piece in made.items()}
+    return {n: _written(n, piece, folder, batches(n, batch)) for n, piece in made.items()}
 
 
 def _written(name: str, piece: Piece, folder: Path, batch: tuple[int, int]) -> Path:
@@ -87,9 +87,7 @@ def sessions(made: Mapping[str, Piece], files: Mapping[str, Path], device) -> Ca
 
     def call(name: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         if name not in opened:
-            opened[name] = onnxruntime.InferenceSession(
-                files[name], options, ["CPUExecutionProvider"]
-            )
+            opened[name] = onnxruntime.InferenceSession(files[name], options, PROVIDERS)
         values = {n: v.detach().cpu().numpy() for n, v in inputs.items()}
         found = opened[name].run(list(made[name].outputs), values)
         return tuple(torch.from_numpy(value).to(device) for value in found)

@@ -18,7 +18,7 @@ from difftrain.sampling import solvers
 from difftrain.sampling.model import Levels, Sampler
 from difftrain.sampling.walks import Walk
 from difftrain.training import evaluate
-from difftrain.training.bundle import ARRAYS, GUESS, Bundle, block
+from difftrain.training.bundle import ARRAYS, GUESS, Bundle, block, each_part, text_part
 from difftrain.training.folder import open_run
 from difftrain.training.own import importable
 from difftrain.training.parts import Parts
@@ -65,6 +65,12 @@ class Opened:
     def shape(self) -> tuple[int, ...]:
         """The shape of the latents of one sample."""
         return tuple(self.parts.codec.shape(self.data["size"]))
+
+    @property
+    def encoder(self) -> str:
+        """What encodes its prompts, as messages name it."""
+        parts = each_part(text_part(self.objective))
+        return " and ".join(f"`{part.module}`" for part in parts) or "nothing"
 
     @property
     def guess(self) -> bool:

@@ -96,14 +96,14 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes, how: int) -> None:
 
 
 def encoders(
-    text: nn.Module | None, prompts: Sequence[str] = ()
+    text: nn.Module | None, called: str, prompts: Sequence[str] = ()
 ) -> tuple[list[dict], dict[str, bytes]]:
-    """What makes ids of texts, for the manifest, and the files that it reads. Raises ExportError
-    for an encoder that cannot be carried."""
+    """What makes ids of texts, for the manifest, and the files that it reads. Raises ExportError,
+    which names the encoder as it is `called`, where it cannot be carried."""
     parts = text.encoders if isinstance(text, Joined) else [] if text is None else [text]
     abouts, data = [], {}
     for i, part in enumerate(parts):
-        about, held = _described(part)
+        about, held = _described(part, called)
         if held is not None:
             about["file"] = f"text/{i}"
             data[about["file"]] = held
@@ -112,7 +112,7 @@ def encoders(
     return abouts, data
 
 
-def _described(part: nn.Module) -> tuple[dict, bytes | None]:
+def _described(part: nn.Module, called: str) -> tuple[dict, bytes | None]:
     match part:
         case Labels():
             names = list(part.vocabulary)
@@ -127,8 +127,9 @@ def _described(part: nn.Module) -> tuple[dict, bytes | None]:
         case TextEncoder() if (model := _model(part)).get("end_of_word_suffix") == WORD_END:
             return _byte_pairs(part, model)
     raise ExportError(
-        "this run's encoder of prompts has a tokenizer that the file cannot carry: export to ONNX,"
-        " or train with `sd.clip`, `t5.encoder` or `label`"
+        f"{called} encodes the prompts of this run, and the file carries the tokens of `sd.clip`,"
+        " `t5.encoder` and `label.classes` alone: train with one of these, or export to `onnx`,"
+        " which leaves tokens to the caller"
     )
 
 

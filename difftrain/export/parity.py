@@ -127,6 +127,29 @@ def bare(made: Mapping[str, Piece]) -> Call:
     return call
 
 
+def by_step(made: Mapping[str, Piece], call: Call) -> Call:
+    """`call`, asking `step` for the backbone: with a 1 for one estimate alone, its row gives it."""
+
+    def asked(name: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        if name != "backbone":
+            return call(name, inputs)
+        return tuple(call("step", _alone(made["step"], inputs, k))[0] for k in (1, 2))
+
+    return asked
+
+
+def _alone(step: Piece, inputs: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+    """The inputs of `step` for those of the backbone, with a row that is 1 at one place."""
+    x, t, row = inputs["x"], inputs["t"], torch.zeros(step.inputs["row"].shape)
+    row[place] = 1
+    every = {**inputs, "t": t[:1], "r": inputs.get("r", t)[:1], "row": row.to(x.device)}
+    every["noise"] = torch.zeros_like(x)
+    if "kept" in step.inputs:
+        every["kept"] = x.new_zeros(len(step.inputs["kept"]), *x.shape)
+        every["kept"][0] = inputs.get("guess", 0)
+    return {name: every[name] for name in step.inputs}
+
+
 def _backbone(run: Opened, made: Mapping[str, Piece], call: Call, eager: Eager) -> float:
     """The error of one call, half-way, at the latents of the run."""
     half = len(run.table.rows) // 2

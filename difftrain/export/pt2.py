@@ -15,7 +15,7 @@ from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
 from difftrain.export.parity import Call, gate
-from difftrain.export.trace import quiet, traced
+from difftrain.export.trace import batches, quiet, traced
 from difftrain.models.foreign import reason
 
 
@@ -42,7 +42,7 @@ def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> P
 @torch.no_grad()
 def write(name: str, piece: Piece, folder: Path, batch: tuple[int, int]) -> Path:
     """The package of a piece, for batches from the one size to the other. Raises ExportError."""
-    program, path = traced(name, piece, batch), folder / f"{name}.pt2"
+    program, path = traced(name, piece, batches(name, batch)), folder / f"{name}.pt2"
     try:
         with quiet():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))

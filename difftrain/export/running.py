@@ -141,7 +141,8 @@ def log(trt: ModuleType):
                 self.errors.append(message)
 
         def first(self) -> str:
-            return self.errors[0] if self.errors else "the library does not say why"
+            told = " ".join(self.errors[:1]).strip().splitlines()
+            return told[0].rstrip(".") if told else "the library does not say why"
 
     return Log()
 

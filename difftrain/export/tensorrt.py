@@ -21,9 +21,11 @@ from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
 from difftrain.export.package import encoders, pack
-from difftrain.export.parity import Call, Report, gate
+from difftrain.export.parity import Call, Report, by_step, gate
 from difftrain.export.running import Runner
-from difftrain.export.trace import traced
+from difftrain.export.trace import batches, traced
+from difftrain.models.errors import PartError
+from difftrain.models.foreign import reason
 
 Say = Callable[[str], object]
 
@@ -45,8 +47,8 @@ def export(run: Opened, file: Path, say: Say = print) -> Path:
     if file.is_dir():
         raise ExportError(f"`{file}` is a folder: say with `-o` how to call the file")
     profile, maker = wanted(run, say), library(run.target["library"].replace("_", "-"))
-    told, data = encoders(run.parts.text, run.sampling["prompts"])
-    sizes = list(run.target["sizes"]) or [run.data["size"]]
+    told, data = encoders(run.parts.text, run.encoder, run.sampling["prompts"])
+    sizes = _sizes(run)
     every = [_sized(run, size, profile, maker, say) for size in sizes]
     about = _described(every, profile) | {"encoders": told, "sizes": sizes}
     packed = {}
@@ -65,6 +67,17 @@ def _can_draw(run: Opened) -> None:
             f"the noise of `{run.objective.name}` has a law of its own, and the file draws standard"
             " normal noise alone: leave out what changes `eps`, or export to ONNX"
         )
+
+
+def _sizes(run: Opened) -> list[int]:
+    """The sides of pictures that get engines."""
+    asked = list(dict.fromkeys(run.target["sizes"])) or [run.data["size"]]
+    if wrong := [size for size in asked if not isinstance(size, int) or size < 1]:
+        raise ExportError(
+            f"`sizes` lists {wrong[0]}, and each is the side of pictures in pixels: list whole"
+            " numbers, as in `sizes = [256, 512]`"
+        )
+    return asked
 
 
 def wanted(run: Opened, say: Say) -> Profile:
@@ -86,6 +99,7 @@ def _sized(run: Opened, size: int, profile: Profile, maker: Library, say: Say) -
     """Modules and engines at a size, held against the run."""
     run = replace(run, data=replace(run.data, values={**run.data.values, "size": size}))
     precision, made = run.target["precision"], pieces(run, run.target["precision"])
+    _takes(made["backbone"], size)
     with tempfile.TemporaryDirectory() as folder:
         sources = dict(_sources(made, Path(folder), profile))
         here = torch.cuda.is_available()
@@ -96,22 +110,37 @@ def _sized(run: Opened, size: int, profile: Profile, maker: Library, say: Say) -
         }
         files = {name: source.onnx for name, (source, _) in sources.items()}
         call = running(made, engines) if here else onnx.sessions(made, files, run.device)
-        report = gate(run, made, call, precision)
+        report = gate(run, made, call if "backbone" in sources else by_step(made, call), precision)
     say(f"{'engines' if here else 'ONNX files, as here is no GPU'}: {report}")
     return Sized(run, made, {n: e for n, e in engines.items() if n != "backbone"}, report)
+
+
+@torch.no_grad()
+def _takes(backbone: Piece, size: int) -> None:
+    """Raises ExportError, or what the network says itself, where that takes no such size."""
+    try:
+        backbone.module(**backbone.inputs)
+    except PartError:
+        raise
+    except Exception as cause:  # a network may do anything
+        raise ExportError(
+            f"the network takes no samples of size {size} ({reason(cause)}): export with other"
+            " `sizes`"
+        ) from cause
 
 
 def _sources(
     made: Mapping[str, Piece], folder: Path, profile: Profile
 ) -> Iterator[tuple[str, tuple[Source, Profile]]]:
-    """Every module as libraries take it, and what its engine is built for: that of texts is asked
-    for the empty one alone as well."""
+    """Every module as libraries take it, and what its engine is built for; the backbone can be
+    asked through `step`, where that is made."""
     for name, piece in made.items():
-        text = name == "text"
-        its = replace(profile, low=1, high=max(2, profile.high)) if text else profile
-        batch = its.low, its.high
-        file = onnx.write({name: piece}, folder, batch)[name]
-        yield name, (Source(name, file, partial(traced, name, piece, batch)), its)
+        if name == "backbone" and "step" in made:
+            continue
+        low, high = batches(name, (profile.low, profile.high))
+        file = onnx.write({name: piece}, folder, (low, high))[name]
+        program = partial(traced, name, piece, (low, high))
+        yield name, (Source(name, file, program), replace(profile, low=low, high=high))
 
 
 def running(made: Mapping[str, Piece], engines: Mapping[str, Engine]) -> Call:

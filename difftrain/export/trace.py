@@ -17,6 +17,11 @@ from difftrain.models.foreign import reason
 BATCH = "batch"  # what the dimension is called
 
 
+def batches(name: str, batch: tuple[int, int]) -> tuple[int, int]:
+    """From how many to how many samples a piece takes: of texts also the empty one, alone."""
+    return (1, max(2, batch[1])) if name == "text" else batch
+
+
 @torch.no_grad()
 def traced(name: str, piece: Piece, batch: tuple[int, int]) -> ExportedProgram:
     """The program of a piece for batches from the one size to the other. Raises ExportError."""
