@@ -3,6 +3,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import exported
 import numpy as np
@@ -15,7 +16,7 @@ from difftrain.export import parity
 from difftrain.export.errors import ExportError, Parted
 from difftrain.export.modules import PRECISIONS, pieces
 from difftrain.export.opened import opened
-from difftrain.export.trace import traced
+from difftrain.export.trace import batches, traced
 
 
 @pytest.fixture(scope="module")
@@ -217,11 +218,29 @@ def test_bad_input_is_one_sentence(run, capsys, more, line):
     assert told(capsys).startswith(line)
 
 
-def test_a_checkpoint_of_another_spec_is_told(run, capsys):
+@pytest.mark.parametrize("target", ["diffusers", "onnx", "pt2", "tensorrt"])
+def test_a_checkpoint_of_another_spec_is_told(run, capsys, target):
     run("arrays"), run("shown")
     other = "runs/shown/checkpoints/step-000000003.safetensors"
-    assert main(["export", "runs/arrays", "--to", "onnx", "--weights", other]) == 2
-    assert "belongs to another objective (graph " in told(capsys)
+    assert main(["export", "runs/arrays", "--to", target, "--weights", other]) == 2
+    theirs, ours = (
+        json.loads(Path(f"runs/{name}/manifest.json").read_text())["graph"]
+        for name in ("shown", "arrays")
+    )
+    assert told(capsys).startswith(
+        f"error: the checkpoint `{other}` belongs to another objective (graph {theirs}, and this"
+        f" spec is {ours}): "
+    )
+
+
+@pytest.mark.parametrize("target", ["onnx", "pt2", "tensorrt"])
+def test_a_size_that_the_network_does_not_take_is_told(run, capsys, target):
+    changed = ["--set", "data.size=18"]
+    assert main(["export", run("classes"), "--to", target, *changed]) == 2
+    assert told(capsys) == (
+        "error: latents of 18 x 18 cannot be cut into patches of 4: choose another `size` or"
+        " another `patch`"
+    )
 
 
 def test_a_network_that_cannot_be_traced_is_told(run, monkeypatch):
@@ -246,3 +265,13 @@ def test_targets_have_options(run):
         parts = pieces(it, "fp32")
         assert parity.gate(it, parts, parity.bare(parts), "fp32").latents < 1e-5
         assert len(parity.sampled(it).latents) == 3
+        assert takes(traced("backbone", parts["backbone"], it.batch), "x") == 3
+    with opened(run("jump"), "onnx", {"export.onnx.batch": "3"}) as it:
+        program = traced("text", pieces(it, "fp32")["text"], batches("text", it.batch))
+        assert not isinstance(takes(program, "ids"), int)
+
+
+def takes(program, name: str):
+    """The size of the first dimension that a program takes."""
+    (node,) = (n for n in program.graph.nodes if n.name == name)
+    return node.meta["val"].shape[0]
