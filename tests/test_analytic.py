@@ -50,10 +50,14 @@ def body(process: str, prediction: str, strategy: str) -> str:
     return f"{lines}\nstrategy = [{strategy}]"
 
 
+def linted(text: str):
+    """The spec of an objective with this body, and everything that is said about it."""
+    return check(Source("a.diff", f"diff 1\nobjective o {{\n{text}\nbackbone = custom\n}}\n"))
+
+
 def checked(text: str):
     """The spec of an objective with this body, and what is wrong with it."""
-    source = Source("a.diff", f"diff 1\nobjective o {{\n{text}\nbackbone = custom\n}}\n")
-    spec, found = check(source)
+    spec, found = linted(text)
     return spec, [f for f in found if f.severity == "error"]
 
 
@@ -79,6 +83,17 @@ def column(values):
 @pytest.mark.parametrize("process", PATHS)
 def test_what_has_no_meaning_is_an_error(process, prediction):
     assert legal(process, prediction) == (not checked(body(process, prediction, ""))[1])
+
+
+@pytest.mark.parametrize("law", ["logit_normal(0, 1)", "mode(1.29)"])
+@pytest.mark.parametrize("process", ["vp", "subvp", "ve"])
+def test_a_law_that_leaves_the_process_is_told_the_edit(process, law):
+    """Their data stand at t = 1e-5."""
+    text = body(process, "epsilon", "")
+    (finding,) = checked(f"{text}\nt ~ {law}")[1]
+    edit = f"t ~ max({law}, 1e-05)"
+    assert finding.code == "DIF206" and finding.help == f"write `{edit}`"
+    assert linted(f"{text}\n{edit}")[1] == []
 
 
 # ---- the optimum is told as it is
@@ -304,26 +319,59 @@ STEPS = {
     "linear": grids.shifted(200, start=0.999),
     "gvp": grids.shifted(200, start=0.999),
     "vp": grids.shifted(200, start=1.0, end=1e-3),
+    "subvp": grids.shifted(200, start=1.0, end=1e-3),
+    "ve": grids.shifted(800, start=1.0, end=1e-3),  # sigma falls by a factor of 5000
     "edm": grids.power(200),
     "trig": grids.shifted(200, start=1.56, end=0.0),
 }
+CONTINUOUS = ("linear", "gvp", "vp", "subvp", "ve", "edm", "trig")
 SOLVERS = {
-    "ddim": ("ddpm", "linear", "gvp", "vp", "edm", "trig"),
-    "dpm_solver_pp": ("linear", "gvp", "edm", "trig"),
-    "euler": ("linear", "gvp", "edm", "trig"),
-    "heun": ("linear", "gvp", "edm", "trig"),
+    "ddim": ("ddpm", *CONTINUOUS),
+    "dpm_solver_pp": CONTINUOUS,
+    "euler": CONTINUOUS,
+    "heun": CONTINUOUS,
 }
-RUNS = [(s, p, q) for s, ps in SOLVERS.items() for p in ps for q in PREDICTIONS if legal(p, q)]
 
 
-@pytest.mark.parametrize(("solver", "process", "prediction"), RUNS, ids=str)
+def runs(*solved: str) -> list[tuple[str, str, str]]:
+    """Every solver with the processes that it solves, and their predictions."""
+    every = [(s, p, q) for s in solved for p in SOLVERS.get(s, CONTINUOUS) for q in PREDICTIONS]
+    return [(s, p, q) for s, p, q in every if legal(p, q)]
+
+
+def beginning(model: Exact, grid) -> tuple[float, float]:
+    """Mean and deviation at the start of the grid."""
+    alpha, sigma = model.path.levels(grid[:1])
+    spread = ((alpha * GAUSSIAN.std) ** 2 + sigma**2).sqrt()
+    return float(alpha * GAUSSIAN.means[0]), float(spread)
+
+
+@pytest.mark.parametrize(("solver", "process", "prediction"), runs(*SOLVERS), ids=str)
 def test_solvers_reproduce_the_moments(solver, process, prediction):
     """Two points one deviation from the mean stay there: the mean and the deviation of all."""
     model, grid = Exact(process, prediction), STEPS[process]
-    alpha, sigma = model.path.levels(grid[:1])
-    spread = ((alpha * GAUSSIAN.std) ** 2 + sigma**2).sqrt()
-    start = alpha * GAUSSIAN.means[0] + spread * torch.tensor([-1.0, 1.0]).double()
+    mean, spread = beginning(model, grid)
+    start = mean + spread * torch.tensor([-1.0, 1.0]).double()
     draws = solvers.Draws(0, torch.arange(2))
     low, high = getattr(solvers, solver)(model, start[:, None, None], grid, draws).flatten()
     assert float((low + high) / 2) == pytest.approx(GAUSSIAN.means[0], abs=0.01)
     assert float((high - low) / 2) == pytest.approx(GAUSSIAN.std, abs=0.02)
+
+
+def alone(like, streams):
+    """1 in the row that has the number of this step."""
+    return (streams.index == streams.step).to(like.dtype).reshape(-1, 1, 1).expand_as(like)
+
+
+@pytest.mark.parametrize(("solver", "process", "prediction"), runs("euler_maruyama"), ids=str)
+def test_noisy_solvers_reproduce_the_moments(solver, process, prediction):
+    """The result is affine in the start and in every draw: what one deviation of each alone adds
+    to the mean, squared and summed, is the variance of all."""
+    model, grid = Exact(process, prediction), STEPS[process]
+    mean, spread = beginning(model, grid)
+    start = torch.full((len(grid), 1, 1), mean, dtype=torch.float64)
+    start[-1] += spread  # its number is that of no step
+    draws = solvers.Draws(0, torch.arange(len(grid)), alone)
+    ends = getattr(solvers, solver)(model, start, grid, draws).flatten()
+    assert float(ends[0]) == pytest.approx(GAUSSIAN.means[0], abs=0.01)
+    assert float((ends - ends[0]).norm()) == pytest.approx(GAUSSIAN.std, abs=0.02)

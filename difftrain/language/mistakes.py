@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Names, is_shipped
 from difftrain.language.nearest import nearest
+from difftrain.language.numbers import Support
 from difftrain.language.operations import LAWS, NAMES
 from difftrain.language.scope import Equations, Use, formals
 from difftrain.language.term import number
@@ -57,10 +58,8 @@ def unknown(name: str, known: Sequence[str], at: Expr | Argument, home: Names) -
 def leaves_range(quantity: Argument, law: Argument, asked, reached, expr: Call) -> Finding:
     """A law of a quantity that gives values which the quantity never has."""
     name = quantity.span.text
-    low, high = number(_inward(reached[0], 1)), number(_inward(reached[1], -1))
-    cut = law.span.text
-    cut = f"max({cut}, {low})" if asked.low < reached[0] else cut
-    cut = f"min({cut}, {high})" if asked.high > reached[1] else cut
+    low, high = _ends(reached)
+    cut = kept_inside(law, asked, reached)
     return Finding(
         "DIF206",
         f"this law of `{name}` leaves what the process has",
@@ -70,9 +69,21 @@ def leaves_range(quantity: Argument, law: Argument, asked, reached, expr: Call) 
     )
 
 
+def kept_inside(law: Expr | Argument, asked: Support, reached: tuple[float, float]) -> str:
+    """The text of a law, with what keeps it between the ends that can be reached."""
+    low, high = _ends(reached)
+    cut = " ".join(law.span.text.split())
+    cut = f"max({cut}, {low})" if asked.low < reached[0] else cut
+    return f"min({cut}, {high})" if asked.high > reached[1] else cut
+
+
+def _ends(reached: tuple[float, float]) -> tuple[str, str]:
+    return number(_inward(reached[0], 1)), number(_inward(reached[1], -1))
+
+
 def _inward(value: float, sign: int) -> float:
     """A number with four digits, not outside an end."""
-    if not math.isfinite(value) or value == 0:
+    if not math.isfinite(value) or value == float(f"{value:.4g}"):
         return value
     unit = 10 ** (math.floor(math.log10(abs(value))) - 3)
     ends = math.ceil if sign > 0 else math.floor

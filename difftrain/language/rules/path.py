@@ -6,6 +6,7 @@ import math
 
 from difftrain.language.algebra import NotLinear, linear
 from difftrain.language.finding import Finding, Label
+from difftrain.language.mistakes import kept_inside
 from difftrain.language.names import is_shipped
 from difftrain.language.numbers import Support, draws, points, support, values
 from difftrain.language.operations import LAWS
@@ -191,10 +192,19 @@ def time_law(case: Case, found: list[Finding]) -> None:
     because = f"it gives {_range(given)}, and `{name}` is defined for {_range(allowed)}"
     at, also = Label(case.place(equation)), Label(case.called(process), f"t is {_range(allowed)}")
     hint = _same_law(case, equation) or _own_help(case, equation)
-    hint = hint or f"keep `t` in {shown(allowed.low)}..{shown(allowed.high)}"
+    hint = hint or _kept(equation, given, allowed)
     if given.whole != allowed.whole:
         hint = f"leave it out, and `{own.span.text}` of `{name}` counts"
     found.append(Finding("DIF206", text, at, (also,), because, hint))
+
+
+def _kept(equation: Equation, given: Support, allowed: Support) -> str:
+    """The edit that keeps a law of t where the process is defined."""
+    if equation.form != "~" or is_shipped(equation.span):
+        return f"keep `t` in {shown(allowed.low)}..{shown(allowed.high)}"
+    law = kept_inside(equation.value, given, (allowed.low, allowed.high))
+    edit = f"write `t ~ {law}`"
+    return edit if _within(given, allowed, NEAR) else f"choose other numbers, or {edit}"
 
 
 def grid(case: Case, found: list[Finding]) -> None:
