@@ -363,7 +363,8 @@ REFUSED = {
     "no pipeline for a UNet that reads no text": {
         "backbone": f"sd.unet(text = [], {tiny.NETWORK})"
     },
-    "the pooled text of this network": {
+    "the pooled text of this network is a projection of its own, and Stable Diffusion 3's pipeline"
+    " takes CLIP's: export to another target, such as `onnx`": {
         "backbone": "sd3.transformer(text = sd.clip, depth = 1, width = 16, heads = 2)"
     },
     "no pipeline for this backbone": {
