@@ -17,6 +17,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
+from difftrain.compiler.lowering import INDUCTOR
+
 Facts = dict[str, object]  # what a compiled step is only good for
 
 
@@ -45,7 +47,7 @@ def _triton() -> str:
 def compiled(step: Callable, args: tuple) -> Callable:
     """The step compiled for arguments like these, and for no others: it looks at none again."""
     with torch._dynamo.config.patch(enable_aot_compile=True):
-        options = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+        options = {**INDUCTOR, "guard_filter_fn": lambda guards: [False] * len(guards)}
         wrapped = torch.compile(step, fullgraph=True, dynamic=False, options=options)
         return wrapped.aot_compile((args, {}))
 

@@ -76,10 +76,15 @@ def choose(asked: str, device: str, steps: int, seconds: float | None) -> Choice
     )
 
 
+# one kernel for reductions of both orders: in torch 2.11 it ends the compiling of normalised heads
+# ("256 v.s. 128"), and holds too much at once (pytorch/pytorch#179494)
+INDUCTOR = {"triton.mix_order_reduction": False}
+
+
 def compiled(step: Callable) -> Callable:
     """The step through `torch.compile(fullgraph=True)`; compiling it a second time is an error."""
     torch._dynamo.config.error_on_recompile = False
-    return torch.compile(step, fullgraph=True, dynamic=False)
+    return torch.compile(step, fullgraph=True, dynamic=False, options=INDUCTOR)
 
 
 def no_more_compiling() -> None:
