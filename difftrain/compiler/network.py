@@ -32,20 +32,20 @@ def call_tapped(net, x: Tensor, tau: Tensor, cond, **extra) -> tuple[Tensor, Ten
 
 def _asked(net, x: Tensor, tau, cond, extra: Mapping):
     told = {name: _spread(value, x) for name, value in extra.items()}
-    return net(x, _spread(tau, x), for_each(cond, len(x)), **told)
+    return net(x, _spread(tau, x), for_each(cond, x.shape[0]), **told)
 
 
 def _spread(value, x: Tensor):
     """One number for the whole batch as [B], at least in fp32."""
     if isinstance(value, int | float):
         value = x.new_tensor(value, dtype=torch.promote_types(x.dtype, torch.float32))
-    return value.expand(len(x)) if isinstance(value, Tensor) and value.dim() == 0 else value
+    return value.expand(x.shape[0]) if isinstance(value, Tensor) and value.dim() == 0 else value
 
 
 def apply_module(module, x: Tensor) -> Tensor:
     """What a module makes of a value: tokens [B, T, D], or one number a sample [B] of [B]."""
     made = unwrap(module(x))
-    return made.reshape(len(x)) if x.dim() == 1 else made
+    return made.reshape(x.shape[0]) if x.dim() == 1 else made
 
 
 def for_each(cond, count: int):
@@ -54,6 +54,6 @@ def for_each(cond, count: int):
         return {name: for_each(part, count) for name, part in cond.items()}
     if isinstance(cond, Sequence):
         return type(cond)(for_each(part, count) for part in cond)
-    if isinstance(cond, Tensor) and len(cond) == 1:
+    if isinstance(cond, Tensor) and cond.shape[0] == 1:
         return cond.expand(count, *cond.shape[1:])
     return cond

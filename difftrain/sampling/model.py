@@ -37,7 +37,8 @@ class Levels:
 
     def _level(self, name: str, t: Tensor) -> Tensor:
         inputs = {"t": t, "time": t, "step": torch.zeros(())}
-        value = self.level(inputs, _draws(torch.arange(len(t), device=t.device)), {}, self.tables)
+        draws = _draws(torch.arange(t.shape[0], device=t.device))
+        value = self.level(inputs, draws, {}, self.tables)
         level = value[name]
         return level if isinstance(level, Tensor) else torch.full_like(t, level, dtype=_real(t))
 
@@ -96,7 +97,7 @@ class Sampler(Levels):
         """The estimates with the condition and with the empty one, as one batch of 2 B."""
         both = torch.cat([self.cond, self.null.expand_as(self.cond)])
         values = self._both(torch.cat([x, x]), torch.cat([t, t]), torch.cat([r, r]), both)
-        return tuple(zip(*((v[: len(x)], v[len(x) :]) for v in values), strict=True))
+        return tuple(zip(*((v[: x.shape[0]], v[x.shape[0] :]) for v in values), strict=True))
 
     def _beside(self, x: Tensor, t: Tensor, r: Tensor) -> tuple[Pair, Pair]:
         """The estimates, and those of the guide at the same place."""
@@ -124,10 +125,10 @@ class Sampler(Levels):
     def _both(self, x: Tensor, t: Tensor, r: Tensor, cond: Tensor | None) -> Pair:
         inputs = {"xt": x, "t": t, "time": t, "r": r, "cond": cond, "null": None}
         inputs |= {n: torch.full_like(t, v, dtype=_real(t)) for n, v in self.given.items()}
-        guess = self.last.get("guess", torch.zeros_like(x[: len(self.index)]))
-        inputs["guess"] = guess.repeat(len(x) // len(guess), *(1,) * (x.dim() - 1))
+        guess = self.last.get("guess", torch.zeros_like(x[: self.index.shape[0]]))
+        inputs["guess"] = guess.repeat(x.shape[0] // guess.shape[0], *(1,) * (x.dim() - 1))
         inputs["step"] = torch.zeros(())
-        draws = _draws(self.index.repeat(len(t) // len(self.index)))
+        draws = _draws(self.index.repeat(t.shape[0] // self.index.shape[0]))
         values = self.estimate(inputs, draws, self.nets, self.estimate_tables)
         return values["x0_hat"], values["eps_hat"]
 
