@@ -223,8 +223,8 @@ DIF217 features that the network does not return
     `tap` is what a network returns beside its output, and it has to be asked to, for a block that
     it has.
 DIF218 attention without a forward-mode derivative
-    `ddt` differentiates the network along the path. Fused attention kernels have no such
-    derivative, plain ones do.
+    `ddt` differentiates the network along the path. torch's fused attention has no such derivative;
+    `attention = auto` and `attention = math` have.
 DIF219 a law that leaves times out
     A law that stands in for the usual one, with the loss divided by how much more often a time
     comes, keeps the objective only where it gives every time that the usual one gives.
