@@ -34,7 +34,7 @@ if sys.version_info < (3, 11):
     sys.exit(3)
 
 try:
-    from difftrain.commands.launch import main
+    from LAUNCHER import main
 except ModuleNotFoundError as it:
     print(f"error: `{it.name}` is not installed here: install it and try again", file=sys.stderr)
     sys.exit(3)
@@ -43,6 +43,11 @@ sys.exit(main(sys.argv))
 """
 LEFT_OUT = ("__pycache__",)
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)  # the same inputs give the same bytes
+
+
+def started_by(launcher: str) -> bytes:
+    """The `__main__.py` of an archive that hands its arguments to this module."""
+    return MAIN.replace("LAUNCHER", launcher).encode()
 
 
 class Damaged(Exception):
@@ -70,7 +75,7 @@ def _write(path: Path, texts: Mapping[str, str]) -> None:
     with path.open("wb") as out:
         out.write(SHEBANG)
         with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-            _add(archive, "__main__.py", MAIN.encode())
+            _add(archive, "__main__.py", started_by("difftrain.commands.launch"))
             for name, text in sorted(texts.items()):
                 _add(archive, BUNDLE + name, text.encode())
             for name, data in runtime().items():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import nn
 
-from difftrain.compiler.executable import FIXED_TIME, SHEBANG
+from difftrain.compiler.executable import FIXED_TIME, SHEBANG, started_by
 from difftrain.export.errors import ExportError
 from difftrain.export.tokens import WORD_END, BytePairs, Carried
 from difftrain.models.joined import Joined
@@ -38,21 +38,6 @@ CARRIED = (
     "models/errors.py",
     "models/labels.py",
 )
-MAIN = """\
-import sys
-
-if sys.version_info < (3, 11):
-    print("error: this needs Python 3.11 or later, and here is", sys.version, file=sys.stderr)
-    sys.exit(3)
-
-try:
-    from difftrain.export.loader import main
-except ModuleNotFoundError as it:
-    print(f"error: `{it.name}` is not installed here: install it and try again", file=sys.stderr)
-    sys.exit(3)
-
-sys.exit(main(sys.argv))
-"""
 TRIED = (  # texts that a carried tokenizer must read as the run's own does
     "",
     "a red apple",
@@ -70,7 +55,10 @@ def pack(path: Path, manifest: Mapping[str, object], data: Mapping[str, bytes]) 
     package = files("difftrain")
     source = {f"difftrain/{n}": package.joinpath(n).read_bytes() for n in CARRIED}
     inits = {f"{os.path.dirname(n)}/__init__.py": b"" for n in source}
-    texts = {"__main__.py": MAIN.encode(), "manifest.json": json.dumps(manifest, indent=1).encode()}
+    texts = {
+        "__main__.py": started_by("difftrain.export.loader"),
+        "manifest.json": json.dumps(manifest, indent=1).encode(),
+    }
     try:
         with partial.open("wb") as out:
             out.write(SHEBANG)
