@@ -100,16 +100,21 @@ def test_a_stochastic_step_is_the_golden_posterior():
     assert ((moved - mean) ** 2).tolist() == pytest.approx([0.0140425604996] * 8)
 
 
+THEIRS = {  # the same process in diffusers' schedulers
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "trailing",
+    "prediction_type": "v_prediction",
+}
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("terminal", ["free", "zero"])
 def test_ddim_follows_diffusers_step_by_step(eta, terminal):
     scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
+        **THEIRS,
         clip_sample=False,
-        timestep_spacing="trailing",
-        prediction_type="v_prediction",
         rescale_betas_zero_snr=terminal == "zero",
     )
     scheduler.set_timesteps(20)
@@ -126,12 +131,8 @@ def test_ddim_follows_diffusers_step_by_step(eta, terminal):
 @pytest.mark.parametrize("variance", ["small", "large"])
 def test_ancestors_follow_diffusers_step_by_step(variance):
     scheduler = DDPMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
+        **THEIRS,
         clip_sample=False,
-        timestep_spacing="trailing",
-        prediction_type="v_prediction",
         variance_type=f"fixed_{variance}",
     )
     scheduler.set_timesteps(20)
@@ -400,11 +401,7 @@ def test_how_often_the_network_is_asked(solver, calls):
 @pytest.mark.parametrize("terminal", ["free", "zero"])
 def test_dpm_solver_pp_follows_diffusers_step_by_step(terminal, scale):
     scheduler = DPMSolverMultistepScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        timestep_spacing="trailing",
-        prediction_type="v_prediction",
+        **THEIRS,
         algorithm_type="sde-dpmsolver++" if scale else "dpmsolver++",
         final_sigmas_type="zero",
         rescale_betas_zero_snr=terminal == "zero",

@@ -56,10 +56,11 @@ class Damaged(Exception):
 
 def pack(texts: Mapping[str, str], path: str | Path) -> Path:
     """Writes the executable; it appears whole or not at all."""
-    return _replaced(Path(path), lambda partial: _write(partial, texts))
+    return replaced(Path(path), lambda partial: _write(partial, texts))
 
 
-def _replaced(path: Path, write: Callable[[Path], object]) -> Path:
+def replaced(path: Path, write: Callable[[Path], object]) -> Path:
+    """The executable file that `write` writes; the old one is there until the new one is whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(partial)
@@ -155,7 +156,7 @@ class Shelf:
                 _add(archive, f"{place(facts)}.step", data)
                 _add(archive, f"{place(facts)}.json", json.dumps(page, indent=2).encode())
 
-        _replaced(self.path, write)
+        replaced(self.path, write)
 
 
 def place(facts: Mapping) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import lzma
 import os
-import stat
 import zipfile
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from torch import nn
 
-from difftrain.compiler.executable import FIXED_TIME, SHEBANG, started_by
+from difftrain.compiler.executable import FIXED_TIME, SHEBANG, replaced, started_by
 from difftrain.export.errors import ExportError
 from difftrain.export.tokens import WORD_END, BytePairs, Carried
 from difftrain.models.joined import Joined
@@ -51,29 +50,25 @@ LONG = 512  # tokens, more than any of these has
 
 def pack(path: Path, manifest: Mapping[str, object], data: Mapping[str, bytes]) -> Path:
     """Writes the file; it appears whole or not at all. Engines are stored as they are."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     package = files("difftrain")
     source = {f"difftrain/{n}": package.joinpath(n).read_bytes() for n in CARRIED}
     inits = {f"{os.path.dirname(n)}/__init__.py": b"" for n in source}
     texts = {
         "__main__.py": started_by("difftrain.export.loader"),
         "manifest.json": json.dumps(manifest, indent=1).encode(),
+        "difftrain/__init__.py": b"",
     }
-    try:
-        with partial.open("wb") as out:
-            out.write(SHEBANG)
-            with zipfile.ZipFile(out, "w") as archive:
-                for name, value in (texts | inits | source).items():
-                    _add(archive, name, value, zipfile.ZIP_DEFLATED)
-                _add(archive, "difftrain/__init__.py", b"", zipfile.ZIP_DEFLATED)
-                for name, value in data.items():
-                    _add(archive, name, value, zipfile.ZIP_STORED)
-        mode = partial.stat().st_mode
-        partial.chmod(mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return replaced(path, lambda partial: _write(partial, texts | inits | source, data))
+
+
+def _write(path: Path, texts: Mapping[str, bytes], data: Mapping[str, bytes]) -> None:
+    with path.open("wb") as out:
+        out.write(SHEBANG)
+        with zipfile.ZipFile(out, "w") as archive:
+            for name, value in texts.items():
+                _add(archive, name, value, zipfile.ZIP_DEFLATED)
+            for name, value in data.items():
+                _add(archive, name, value, zipfile.ZIP_STORED)
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes, how: int) -> None:
