@@ -16,6 +16,7 @@ from difftrain.language.tree import Block, Define, Import, Param, Source, Span, 
 from difftrain.shipped import folder
 
 LIBRARY_KINDS = ("process", "prediction", "strategy", "backbone", "encoder", "codec", "solver")
+SLOTS = {"process": "process", "prediction_type": "prediction", "strategy": "strategy"}  # kinds
 OPTION_KINDS = ("options", "source", "optimizer")  # in the library alone
 RUN_KINDS = ("data", "train", "sample", "export")
 TARGETS = ("onnx", "pt2", "tensorrt")  # blocks in `export`

@@ -20,11 +20,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from difftrain.language.finding import Finding, Label
-from difftrain.language.names import TARGETS, Definition, Names, collect
+from difftrain.language.names import SLOTS, TARGETS, Definition, Names, collect
 from difftrain.language.nearest import nearest
 from difftrain.language.options import schema
 from difftrain.language.scope import formals
-from difftrain.language.spec import SLOTS
 from difftrain.language.syntax import parse
 from difftrain.language.tree import (
     Argument,

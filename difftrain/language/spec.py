@@ -12,7 +12,7 @@ from difftrain.language.derive import Derivation
 from difftrain.language.finding import Finding, Fix, Label, SpecError
 from difftrain.language.laws import on_time
 from difftrain.language.layers import add_statements, add_use
-from difftrain.language.names import RUN_KINDS, Names, collect, is_library, standard
+from difftrain.language.names import RUN_KINDS, SLOTS, Names, collect, is_library, standard
 from difftrain.language.nearest import nearest
 from difftrain.language.options import Run, read_run, read_targets, second_run
 from difftrain.language.part import Interface, Part
@@ -24,6 +24,7 @@ from difftrain.language.scope import (
     Use,
     is_function,
 )
+from difftrain.language.settings import apply_settings
 from difftrain.language.syntax import parse
 from difftrain.language.term import Term
 from difftrain.language.tree import (
@@ -41,8 +42,6 @@ from difftrain.language.tree import (
 from difftrain.language.uses import use_of
 from difftrain.language.values import read_part
 from difftrain.language.worlds import Problem
-
-SLOTS = {"process": "process", "prediction_type": "prediction", "strategy": "strategy"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,8 +303,6 @@ def read_source(source: Source, found: list[Finding], settings: Mapping | None =
     """The typed spec of a source text, with settings (`--set`) applied first."""
     tree = parse(source, found)
     if settings:
-        from difftrain.language.settings import apply_settings
-
         tree = apply_settings(tree, settings, found)
     names = collect(tree, found, shipped=is_library(source.path))
     spec = build(tree, names, found)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from difftrain.language.domains import check_domain
 from difftrain.language.finding import Finding, Label
-from difftrain.language.names import is_shipped
+from difftrain.language.names import SLOTS, is_shipped
 from difftrain.language.operations import NAMES
 from difftrain.language.part import Interface
 from difftrain.language.rules.case import Case, inside
 from difftrain.language.scope import choices, formals
-from difftrain.language.spec import SLOTS
 from difftrain.language.term import Term
 from difftrain.language.tree import Name
 from difftrain.language.worlds import HERE, Frame, Problem
