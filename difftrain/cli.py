@@ -18,6 +18,8 @@ from importlib import import_module
 from difftrain import __version__
 from difftrain.commands.console import complain
 from difftrain.commands.failure import CLEAN, FINDINGS, USAGE, Failure, failure
+from difftrain.commands.stopping import code as ended_by
+from difftrain.commands.stopping import stoppable
 from difftrain.language.finding import SpecError
 from difftrain.language.nearest import nearest
 
@@ -258,7 +260,8 @@ def main(argv: list[str] | None = None) -> int:
 def guarded(program: Callable[[], int]) -> int:
     """The exit code of a program; whatever it raises is told and has a code of its own."""
     try:
-        code = program()
+        with stoppable():
+            code = program()
         sys.stdout.flush()
         return code
     except SpecError as error:
@@ -267,9 +270,9 @@ def guarded(program: Callable[[], int]) -> int:
     except BrokenPipeError:  # whoever read our output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return USAGE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
-        return 130
+        return ended_by(stop)
     except Exception as error:
         return _fail(error)
 

@@ -1,6 +1,7 @@
 """Several averages of the weights, their snapshots, and averages of other widths made from them."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -361,6 +362,19 @@ def test_a_compiled_spec_counts_every_buffer(there):
 def test_what_ema_refuses(there, capsys, argv, says):
     assert main(["ema", *argv]) == 2
     assert capsys.readouterr().err == f"error: {says}\n"
+
+
+@pytest.mark.parametrize(
+    "out",
+    ["/dev/null", "two/manifest.json", "two/checkpoints/step-000000010.safetensors", "two"],
+)
+def test_an_average_replaces_averages_alone(there, capsys, out):
+    before = None if out == "two" else os.stat(out)
+    assert main(["ema", "two", "--std", "0.08", "-o", out]) == 2
+    what = "is a folder" if out == "two" else "is there already and is no average that `difftrain"
+    what += "" if out == "two" else " ema` wrote"
+    assert capsys.readouterr().err == f"error: `{out}` {what}: give the name of another file\n"
+    assert before is None or os.stat(out) == before
 
 
 def test_other_averages_are_told_at_once_and_refused(here, capsys):

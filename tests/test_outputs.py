@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from difftrain.cli import main
+from difftrain.compiler.executable import unpack
 from difftrain.sampling.pictures import write_pngs
 from difftrain.training.folder import FolderError
 from difftrain.training.outputs import places
-from difftrain.training.samples import write_arrays
+from difftrain.training.writing import write_arrays
 
 
 @pytest.fixture
@@ -118,11 +119,35 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(home, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("name", ["text.png", "data.npz", "pipe.png", "null"])
+def test_an_executable_replaces_executables_alone(home, capsys, name):
+    """Not a device or a pipe either: they would be gone for everyone."""
+    (home / "null").symlink_to("/dev/null")
+    before = tiny.contents(home)
+    (home / "tiny.diff").write_text(tiny.spec())
+    assert main(["compile", "tiny.diff", "--target", "none", "-o", name]) == 2
+    assert capsys.readouterr().err == (
+        f"error: `{name}` is there already and is no executable that `difftrain compile` wrote:"
+        " give the name of another file\n"
+    )
+    assert tiny.contents(home) == {**before, "tiny.diff": tiny.spec().encode()}
+    assert os.path.exists("/dev/null") and not os.path.isfile("/dev/null")
+
+
+def test_an_executable_replaces_an_empty_file_and_itself_and_gets_its_folders(home):
+    (home / "tiny.diff").write_text(tiny.spec())
+    (home / "empty").touch()
+    tiny.photos(home / "photos")
+    for out in ("empty", "empty", "deep/er/tiny"):
+        assert main(["compile", "tiny.diff", "--target", "none", "-o", out]) == 0
+        assert "manifest.json" in unpack(home / out)
+
+
 def test_samples_replace_samples(home):
     settings = {"graph": "0"}
-    write_arrays(home / "run-samples.npz", ["a"], settings, x=np.ones(1))
+    write_arrays(home / "run-samples.npz", ["a"], settings, "x", [np.ones(1)])
     assert [str(p) for p in places("run", ".npz", None, None)][0] == "run-samples.npz"
-    write_pngs("run-pictures", torch.zeros(2, 3, 4, 4), [settings] * 2)
+    write_pngs("run-pictures", [torch.zeros(2, 4, 4, 3, dtype=torch.uint8)], [settings] * 2)
     assert [str(p) for p in places("run", ".png", None, None)] == ["run.png", "run-pictures"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from pathlib import Path
+from zipfile import BadZipFile
 
 from difftrain.commands.failure import CLEAN, USAGE, Failure
 from difftrain.commands.paths import one_spec, read, settings
@@ -13,20 +14,23 @@ from difftrain.commands.paths import one_spec, read, settings
 def compile_spec(args: Namespace) -> int:
     """Writes one executable file that trains the spec."""
     path, changes = one_spec(args.spec), settings(args.settings)
-    out = _free(args.output or Path(path).stem, path)
+    out = _elsewhere(args.output or Path(path).stem, path)
     read(path, changes, "compile")  # what is wrong is told before torch is imported
     from difftrain.compiler.executable import pack
     from difftrain.models.pretrained import Absent
     from difftrain.training.ahead import target
     from difftrain.training.bundle import compile_spec as compiled
+    from difftrain.training.folder import free
     from difftrain.training.measure import measured
 
+    free(out, _compiled, "is no executable that `difftrain compile` wrote")
     bundle = compiled(path, changes)
     device = target(args.target, bundle)
     try:
         bundle = measured(bundle)
     except Absent as problem:  # it may be there where the executable runs
         print(f"warning: {problem}; the manifest is without state and FLOPs", file=sys.stderr)
+    out.parent.mkdir(parents=True, exist_ok=True)
     made = pack(bundle.texts, out)
     if device is not None:
         _ahead(bundle, device, made)
@@ -52,13 +56,24 @@ def _ahead(bundle, device, made: Path) -> None:
     print(told, file=sys.stderr)
 
 
-def _free(out: str, spec: str) -> str:
+def _compiled(path: Path) -> bool:
+    """Whether a file is an executable with a compiled spec."""
+    from difftrain.compiler.executable import unpack
+    from difftrain.compiler.texts import MANIFEST
+
+    try:
+        return MANIFEST in unpack(path)
+    except BadZipFile:
+        return False
+
+
+def _elsewhere(out: str, spec: str) -> Path:
     """Where the executable goes: never over its own spec, or a folder."""
     if Path(out).is_dir():
         raise Failure(f"`{out}` is a folder: say with `-o` how to call the executable", USAGE)
     if Path(out).exists() and Path(out).samefile(spec):
         raise Failure(f"`{out}` is the spec itself: say with `-o` another file", USAGE)
-    return out
+    return Path(out)
 
 
 def train(args: Namespace) -> int:

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,19 +30,32 @@ def grid_png(
     `settings` become text entries of the PNG (strings as they are, the rest as JSON). The file
     appears whole or not at all.
     """
-    _write(Path(path), _sheet(to_bytes(images), columns, captions), _text(settings or {}))
+    sheet_png(path, to_bytes(images), columns, captions, settings)
+
+
+def sheet_png(
+    path: str | Path,
+    pixels: Tensor,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> None:
+    """`grid_png` of pictures that are bytes already: uint8 [N, H, W, 3]."""
+    _write(Path(path), _sheet(pixels, columns, captions), _text(settings or {}))
 
 
 def write_pngs(
-    folder: str | Path, images: Tensor, settings: Sequence[Mapping[str, object]]
+    folder: str | Path, batches: Iterable[Tensor], settings: Iterable[Mapping[str, object]]
 ) -> None:
-    """Writes images [N, 3, H, W] in [-1, 1] as 0000.png, 0001.png, …, each with its settings;
-    pictures of higher numbers that lay there before are gone."""
-    for i, (pixels, each) in enumerate(zip(to_bytes(images), settings, strict=True)):
+    """Writes batches of uint8 [B, H, W, 3] as they come, as 0000.png, 0001.png, …, each with its
+    settings; pictures of higher numbers that lay there before are gone at the end."""
+    pictures, count = (pixels for batch in batches for pixels in batch), 0
+    for pixels, each in zip(pictures, settings, strict=True):
         picture = Image.fromarray(pixels.numpy())
-        _write(Path(folder) / f"{i:0{DIGITS}}.png", picture, _text(each))
+        _write(Path(folder) / f"{count:0{DIGITS}}.png", picture, _text(each))
+        count += 1
     for old in numbered(Path(folder)):
-        if int(old.stem) >= len(images):
+        if int(old.stem) >= count:
             old.unlink()
 
 
@@ -97,11 +111,17 @@ def _clipped(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def _write(path: Path, sheet: Image.Image, text: PngImagePlugin.PngInfo) -> None:
-    """Saves beside the target, then renames: a reader never sees half a picture."""
+    with whole(path) as beside:
+        sheet.save(beside, format="PNG", pnginfo=text)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place beside a file, which takes its place at the end: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        sheet.save(beside, format="PNG", pnginfo=text)
+        yield beside
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from difftrain.compiler.layout import Layout
 from difftrain.compiler.step import Recipe
 from difftrain.training import state
-from difftrain.training.folder import MADE, FolderError
+from difftrain.training.folder import MADE, FolderError, free
 from difftrain.training.parts import copy_of
 from difftrain.training.profiles import FAR, Profile, reach, shares, width
 from difftrain.training.state import AVERAGE, FROZEN, CheckpointError
@@ -124,11 +124,21 @@ def reconstruct(
         )
     name = f"std-{std:g}-step-{last.step:09d}.safetensors"
     path = Path(out) if out else Path(run) / MADE / name
+    free(path, _made, "is no average that `difftrain ema` wrote")
     facts = {n: v for n, v in last.facts.items() if n not in ("widths", "updates")}
     facts |= {"width": f"{std:g}"}
     state.write(path, _sum(last, list(given.values()), factors.tolist()), facts)
     say(f"width {std:g} at step {last.step} of {len(given)} averages, {off:.2%} off its profile")
     return path
+
+
+def _made(path: Path) -> bool:
+    """Whether a file is an average that was made here, by what it says of itself."""
+    try:
+        with state.opened(path) as file:
+            return "width" in (file.metadata() or {})
+    except CheckpointError:
+        return False
 
 
 def _given(run: str, step: int | None) -> tuple[Snapshot, dict[Profile, tuple[Snapshot, str]]]:

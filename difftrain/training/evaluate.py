@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,11 +69,18 @@ class Model:
     width: str = ""  # the width of an average that was made after training
 
 
-@torch.no_grad()
 def sample(
     model: Model, options: Run, prompts: list[str], size: int, guide: Model | None = None
 ) -> Tensor:
-    """Pictures [N, 3, size, size] of the prompts; no state is touched.
+    """Pictures [N, 3, size, size] of the prompts; no state is touched."""
+    return torch.cat([*batches(model, options, prompts, size, guide)])
+
+
+@torch.no_grad()
+def batches(
+    model: Model, options: Run, prompts: list[str], size: int, guide: Model | None = None
+) -> Iterator[Tensor]:
+    """Pictures [B, 3, size, size] of the prompts, at most TOGETHER at a time as they are drawn.
 
     The n-th picture is the same in whichever company it is drawn.
     """
@@ -83,15 +90,13 @@ def sample(
     grid = times(model.bundle, solver, levels, shape)
     go = walking(model.bundle, solver)
     law = made.noise and partial(own_noise, made.noise.compute)
-    drawn = []
     for index in torch.arange(len(prompts), device=device).split(TOGETHER):
         texts = [prompts[i] for i in index.tolist()]
         asked = sampler(model, options, index, texts, guide)
         draws = solvers.Draws(options["seed"], index, law)
         like = torch.zeros(len(index), *shape, device=device)
         x = go(asked, solvers.start(asked, like, grid, draws), grid, draws)
-        drawn.append(parts.codec.decode(x).cpu())
-    return torch.cat(drawn)
+        yield parts.codec.decode(x).cpu()
 
 
 def sampler(

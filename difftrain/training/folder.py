@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import difftrain
@@ -45,6 +46,15 @@ def place(bundle: Bundle, resume: str, out: str | None) -> tuple[Path, Path | No
             " folder, or go on with `--resume auto`"
         )
     return folder, checkpoint
+
+
+def free(path: Path, ours: Callable[[Path], bool], other: str) -> None:
+    """Refuses a file that cannot be written, or that is none of those it may replace: empty, or
+    `ours`; of any `other` it is said what it is. Raises FolderError."""
+    if path.exists() and not (path.is_file() and (not path.stat().st_size or ours(path))):
+        what = "is a folder" if path.is_dir() else f"is there already and {other}"
+        raise FolderError(f"`{path}` {what}: give the name of another file")
+    writable(path)
 
 
 def writable(path: Path) -> None:

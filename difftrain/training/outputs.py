@@ -8,10 +8,11 @@ from zipfile import BadZipFile, ZipFile
 from PIL import Image, UnidentifiedImageError
 
 from difftrain.sampling.pictures import numbered
-from difftrain.training.folder import FolderError, writable
+from difftrain.training.folder import FolderError, free
 
 PICTURES, ARRAYS = ".png", ".npz"  # how files of samples end
 MARK = "graph"  # every sample says by which graph it was made
+OTHER = "holds no samples"
 
 
 def places(name: str, ending: str, out: str | None, save: str | None) -> tuple[Path, Path]:
@@ -32,18 +33,10 @@ def places(name: str, ending: str, out: str | None, save: str | None) -> tuple[P
             f"`{save}` does not end in `.npz`: let the file that `--save` names end so"
         )
     place = Path(save) if save else path.with_name(f"{path.stem}-pictures")
-    _free(path)
+    free(path, _drawn, OTHER)
     if ending == PICTURES:
-        _free(place) if save else _own_pictures(place)
+        free(place, _drawn, OTHER) if save else _own_pictures(place)
     return path, place
-
-
-def _free(path: Path) -> None:
-    """Refuses a file that cannot be written, or that holds something else than samples."""
-    if path.exists() and not (path.is_file() and _drawn(path)):
-        what = "is a folder" if path.is_dir() else "is there already and holds no samples"
-        raise FolderError(f"`{path}` {what}: give the name of another file")
-    writable(path)
 
 
 def _own_pictures(folder: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import difftrain
 from difftrain.compiler import lowering
@@ -20,20 +19,19 @@ from difftrain.language.part import Part, written
 from difftrain.language.spec import Objective
 from difftrain.sampling import grids
 from difftrain.sampling.model import Levels
-from difftrain.sampling.pictures import grid_png, to_bytes, write_pngs
+from difftrain.sampling.pictures import to_bytes
 from difftrain.training import evaluate, scores, state
 from difftrain.training.arrays import Arrays
 from difftrain.training.bundle import ARRAYS, Bundle, SettingError, block
 from difftrain.training.evaluate import Model
 from difftrain.training.folder import FolderError, open_run
 from difftrain.training.known import told
-from difftrain.training.outputs import places
+from difftrain.training.latents import signed
+from difftrain.training.outputs import PICTURES, places
 from difftrain.training.own import importable
 from difftrain.training.parts import build_parts, condition_field, held_out, opened
 from difftrain.training.sources import DataError, Pictures
-
-COLUMNS = 8  # at most
-SHOWN = 64  # of the pictures that are all saved
+from difftrain.training.writing import keeping, write
 
 
 def sample(
@@ -69,10 +67,12 @@ def sample(
         texts = list(islice(cycle(texts), count)) if count else texts
         if tell:
             scores.possible(data, len(texts), inception)
-        made, settings = make(model, options, data["size"], texts)
-    write(made, settings, texts, path, place)
+        made, settings = making(model, options, data["size"], texts)
+        made, kept = _counted(_fit(made, path), len(texts), path), []
+        write(keeping(made, kept) if tell else made, settings, texts, path, place)
     if tell:
-        tell(scores.table(made, texts, data, read, inception))
+        shown = signed(torch.cat(kept).permute(0, 3, 1, 2))
+        tell(scores.table(shown, texts, data, read, inception))
     return path
 
 
@@ -186,45 +186,37 @@ def open_guide(model: Model, options: Run, size: int) -> Model | None:
     return guide
 
 
-# ---- files
+# ---- drawing
 
 
 def draw(model: Model, options: Run, size: int, texts: Sequence[str], path: Path) -> Path:
     """Writes one sample a text into a file."""
-    return write(*make(model, options, size, texts), texts, path)
+    made, settings = making(model, options, size, texts)
+    return write(_fit(made, path), settings, texts, path)
 
 
-def make(model: Model, options: Run, size: int, texts: Sequence[str]) -> tuple[Tensor, dict]:
-    """One sample a text [N, ...], and the settings they are made with."""
+def making(
+    model: Model, options: Run, size: int, texts: Sequence[str]
+) -> tuple[Iterator[Tensor], dict]:
+    """One sample a text, in batches [B, ...] as they are drawn, and the settings they are made
+    with."""
     guide = open_guide(model, options, size)
-    made = evaluate.sample(model, options, list(texts), size, guide)
+    made = evaluate.batches(model, options, list(texts), size, guide)
     return made, _settings(model, options, size, guide)
 
 
-def write(
-    made: Tensor, settings: Mapping, texts: Sequence[str], path: Path, place: Path | None = None
-) -> Path:
-    """Writes samples into a file that carries their settings: a PNG, or an `.npz` where they are no
-    pictures. `place` is for all pictures: a file ending in `.npz` (uint8), or a folder of PNGs."""
-    if path.suffix == ".npz":
-        write_arrays(path, texts, settings, x=made.numpy())
-        return path
-    if place is not None:
-        _write_all(place, made, texts, settings)
-        made, texts = made[:SHOWN], texts[:SHOWN]
-    columns = min(COLUMNS, max(1, round(len(texts) ** 0.5)))
-    grid_png(path, made, columns, texts, {**settings, "prompts": list(texts)})
-    return path
+def _fit(made: Iterable[Tensor], path: Path) -> Iterable[Tensor]:
+    """The batches as a file of this name holds them: pictures as bytes."""
+    return map(to_bytes, made) if path.suffix == PICTURES else made
 
 
-def _write_all(place: Path, made: Tensor, texts: Sequence[str], settings: Mapping) -> None:
-    """Writes all pictures [N, 3, H, W] in [-1, 1] into one file, or each into one of its own."""
-    if place.suffix == ".npz":
-        pictures = to_bytes(made).permute(0, 3, 1, 2).numpy()
-        write_arrays(place, texts, settings, pictures=pictures)
-    else:
-        each = [{**settings, "prompt": text, "index": i} for i, text in enumerate(texts)]
-        write_pngs(place, made, each)
+def _counted(made: Iterable[Tensor], count: int, path: Path) -> Iterator[Tensor]:
+    """The batches, with a bar of the samples that are drawn."""
+    unit = "picture" if path.suffix == PICTURES else "sample"
+    with tqdm(total=count, unit=unit, file=sys.stderr, dynamic_ncols=True) as bar:
+        for batch in made:
+            yield batch
+            bar.update(len(batch))
 
 
 def _settings(model: Model, options: Run, size: int, guide: Model | None) -> dict[str, object]:
@@ -246,17 +238,3 @@ def _settings(model: Model, options: Run, size: int, guide: Model | None) -> dic
 
 
 GUIDANCE = ("guidance", "guidance_interval", "guidance_rescale")
-
-
-def write_arrays(
-    path: Path, texts: Sequence[str], settings: Mapping[str, object], **arrays: np.ndarray
-) -> None:
-    """Writes arrays with their captions and settings into an `.npz`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            np.savez(file, **arrays, captions=np.array(texts), settings=json.dumps(settings))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
