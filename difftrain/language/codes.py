@@ -262,6 +262,9 @@ DIF314 a way of guiding that leads nowhere
     `guidance_interval`, `guidance_rescale` and `guide` say how guidance is applied, so there has to
     be some: a scale other than 1, outside the network. An interval has two noise levels, sigma over
     alpha.
+DIF315 products in eight bits that cannot be
+    Products in eight bits are taken of the copy of the weights in bf16, and have a backward
+    derivative alone.
 DIF320 a missing block of options
     Training reads `data` and `train`, sampling reads `sample`.
 DIF321 a module that nothing says

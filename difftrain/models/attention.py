@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from difftrain.models.eight import Linear
 from difftrain.models.tangent_attention import carried, plain_because
 
 EPS = 1e-6
@@ -59,9 +60,9 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, *, qk_norm: str = "", fused: bool = True):
         super().__init__()
         self.heads, self.fused = heads, fused
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm, self.k_norm = (_head_norm(qk_norm, width // heads) for _ in "qk")
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
         self.proj_drop = nn.Dropout()
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
@@ -88,8 +89,8 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int, *, fused: bool = True):
         super().__init__()
         self.heads, self.fused = heads, fused
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.q, self.kv = Linear(width, width), Linear(width, 2 * width)
+        self.proj = Linear(width, width)
         self.proj_drop = nn.Dropout()
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class Gelu(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
         self.drop = nn.Dropout()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class SwiGlu(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         inner = 2 * hidden // 3
-        self.w12, self.w3 = nn.Linear(width, 2 * inner), nn.Linear(inner, width)
+        self.w12, self.w3 = Linear(width, 2 * inner), Linear(inner, width)
         self.drop = nn.Dropout()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -59,7 +59,9 @@ def compiled_for(bundle: Bundle, device: torch.device) -> tuple[kept.Facts, byte
     seen, unseen = opened(data, "train", condition), held_out(data, condition)
     known = inherited(train, found(text_part(objective), seen, unseen))
     with importable(bundle.texts):
-        parts = build_parts(objective, known, train["seed"], device, size=data["size"])
+        parts = build_parts(
+            objective, known, train["seed"], device, size=data["size"], products=train["products"]
+        )
         made = evaluate.programs(bundle, device)
         names = [*map(copy_of, parts.averages), *averages.tracked(recipe(spec))]
         first = state.fresh(parts.weights, train["seed"], 1, names, train["precision"])

@@ -17,6 +17,7 @@ from difftrain.language.part import Part
 from difftrain.language.spec import Objective
 from difftrain.language.term import walk
 from difftrain.models import build
+from difftrain.models.eight import turned
 from difftrain.models.errors import PartError
 from difftrain.training.arrays import Arrays, open_arrays
 from difftrain.training.bundle import ARRAYS, each_part, text_part
@@ -71,9 +72,10 @@ def build_parts(
     *,
     size: int = 64,
     sampling: bool = False,
+    products: str = "same",
 ) -> Parts:
     """The modules of an objective on a device; random ones depend on the seed alone. For `sampling`
-    only what it needs."""
+    only what it needs. Raises PartError for `products` that cannot be."""
     _named(objective.backbone.part)
     torch.manual_seed(seed)
     names = SAMPLING if sampling else nets_read(objective)
@@ -81,6 +83,8 @@ def build_parts(
     modules = build_modules(objective, names, codec, known, size)
     for module in (codec, *modules.values()):
         module.to(device)
+    if products == "fp8":
+        turned(modules["student"])
     plan, text = layout(modules), modules.get("text")
     kept = {} if text is None else _kept(text_part(objective), text)
     averages = tuple(n for n in names if n not in modules)

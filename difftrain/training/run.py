@@ -138,7 +138,8 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     seen = opened(options["data"], "train", condition, data)
     unseen = held_out(options["data"], condition, data)
     known = _known(bundle, objective, train, checkpoint, seen, unseen)
-    parts = build_parts(objective, known, train["seed"], device, size=options["data"]["size"])
+    size, products = options["data"]["size"], train["products"]
+    parts = build_parts(objective, known, train["seed"], device, size=size, products=products)
     if parts.text is not None:
         parts.text.ids(options["sample"]["prompts"])  # unknown words are told now, not at the end
     begin(objective, parts, train, bool(checkpoint), say)

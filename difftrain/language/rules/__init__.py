@@ -47,6 +47,7 @@ RULES = (
     modules.forward_mode,
     modules.absent,
     run.copies,
+    run.products,
     run.guidance,
     run.solver,
     run.time_scale,

@@ -65,6 +65,23 @@ def _runs_away(decay: Term | None) -> str:
     return ""
 
 
+def products(case: Case, found: list[Finding]) -> None:
+    """Products in eight bits are of numbers in bf16, and are not differentiated along the path."""
+    run, loss = case.spec.runs.get("train"), case.term("loss")
+    if run is None or run["products"] != "fp8":
+        return
+    precision, at = run["precision"], Label(run.written.get("products", run.span))
+    if precision not in ("bf16", None):
+        text = "`products = fp8` needs `precision = bf16`"
+        because = f"`precision` is `{precision}`, and eight bits are made of numbers in bf16"
+        hint = "write `precision = bf16`, or leave `products` out"
+        found.append(Finding("DIF315", text, at, because=because, help=hint))
+    elif loss is not None and any(term.op == "jvp" for term in walk(loss)):
+        text = "`products = fp8` cannot be differentiated along the path"
+        because = "the loss reads `ddt`, and products in eight bits have no forward-mode derivative"
+        found.append(Finding("DIF315", text, at, because=because, help="leave `products` out"))
+
+
 def guidance(case: Case, found: list[Finding]) -> None:
     """Guided sampling needs a network that knows the empty condition."""
     run = case.spec.runs.get("sample")

@@ -1,0 +1,135 @@
+"""Matrix products of eight bits for the blocks of transformers.
+
+Numbers are e4m3 (arXiv:2209.05433) with a scale for each row, and sums are fp32. What a layer
+answers and the gradient of its input are such products; that of its weight, a sum over all tokens,
+stays one of bf16, so no operand is needed on its side as well, and its rows need no second scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.utils import enable_single_level_autograd_function
+
+from difftrain.models.errors import PartError
+
+EIGHT = torch.float8_e4m3fn
+LARGEST = torch.finfo(EIGHT).max
+LEAST = 1e-30  # greatest number of a row that is 0
+ABLE = (8, 9)  # compute capability
+SIDES = 16  # both sides of a weight are a multiple of it: what the kernels take
+
+
+class Linear(nn.Linear):
+    """A linear layer; with `eight`, weights in bf16 are multiplied in eight bits. Other weights,
+    such as averages in fp32, are multiplied as ever."""
+
+    eight = False
+
+    @property
+    def fits(self) -> bool:
+        return not (self.in_features % SIDES or self.out_features % SIDES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.eight or self.weight.dtype != torch.bfloat16:
+            return super().forward(x)
+        flat = x.to(torch.bfloat16).flatten(0, -2)
+        return torch.ops.difftrain.eight(flat, self.weight, self.bias).unflatten(0, x.shape[:-1])
+
+
+def turned(network: nn.Module) -> nn.Module:
+    """The network, its blocks' products turned to eight bits. Raises PartError for one that has
+    none which can be, and on a GPU that cannot take them."""
+    _able(next(network.parameters()).device)
+    fitting = [m for m in network.modules() if isinstance(m, Linear) and m.fits]
+    if not fitting:
+        raise PartError(
+            "`products = fp8` is for the blocks of our transformers, of widths that are multiples"
+            f" of {SIDES}, and this backbone has none: leave it out"
+        )
+    for layer in fitting:
+        layer.eight = True
+    return network
+
+
+def _able(device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= ABLE:
+        return
+    has, needs = (
+        ".".join(map(str, numbers)) for numbers in (torch.cuda.get_device_capability(device), ABLE)
+    )
+    raise PartError(
+        f"`products = fp8` needs a GPU of compute capability {needs}, and this one has {has}: leave"
+        " it out"
+    )
+
+
+def rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] in eight bits, each row divided by its scale [M, 1]: the greatest becomes 448."""
+    x = x.float()
+    greatest = x.abs().amax(dim=1, keepdim=True).clamp(min=LEAST)
+    return (x * (LARGEST / greatest)).to(EIGHT), greatest / LARGEST
+
+
+def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias=None) -> Tensor:
+    """a b' [M, N] in bf16 of a [M, K] and b [N, K] in eight bits, with scales [M, 1] and [N, 1]. A
+    CPU multiplies the same numbers in fp32."""
+    if a.is_cuda:
+        return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), bias, out_dtype=torch.bfloat16)
+    with torch.autocast("cpu", enabled=False):
+        exact = a.float() @ b.float().t() * scale_a * scale_b.t()
+    return (exact if bias is None else exact + bias).to(torch.bfloat16)
+
+
+def taken(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x w' + bias for x [M, K], w [N, K] and bias [N] in bf16, of x and w in eight bits."""
+    (x, own), (weight, scale) = rows(x), rows(weight)
+    return product(x, weight, own, scale, bias)
+
+
+def pulled(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, of w and of the bias. That of x is of the product as it was taken: the
+    weight's scales go into the rows of the `gradient` [M, N], since this sum runs over them."""
+    small, scale = rows(weight)  # once more: a compiler finds that it was computed
+    across = small.t().contiguous()
+    rest, own = rows(gradient.float() * scale.t())
+    back = product(rest.contiguous(), across, own, torch.ones_like(across[:, :1].float()))
+    return back, gradient.t() @ x, gradient.sum(dim=0)
+
+
+# ---- as an operator: inside `torch.func.grad` torch compiles an autograd.Function to wrong
+# gradients where one of its inputs wants none (2.11, 2.13)
+
+
+class _Product(torch.autograd.function._SingleLevelFunction):
+    """The product at one level of nested derivatives, seen through by compilers."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return taken(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return pulled(gradient, *ctx.saved_tensors)
+
+
+def _at_level(*given: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*given)):
+        return taken(*given)
+    with enable_single_level_autograd_function():
+        return _Product.apply(*given)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("difftrain", "FRAGMENT")
+    library.define("eight(Tensor x, Tensor weight, Tensor bias) -> Tensor")
+    library.impl("eight", taken, "CompositeExplicitAutograd")
+    library.impl("eight", _at_level, "Autograd")
+    return library
+
+
+LIBRARY = _register()  # the operator is there while this is
