@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler
 
 from difftrain.language.horizon import horizon, own_shift
 from difftrain.language.names import standard
+from difftrain.language.spacing import READ
 from difftrain.sampling import grids
 
 
@@ -180,13 +181,17 @@ def test_a_solver_that_starts_afresh_does_not_go_down_to_the_lowest_level():
         (INDEX, {"shift": 3}, "`shift` does nothing on the grid `trailing`: leave it out"),
         (UNIT, {"rho": 3}, "`rho` does nothing on the grid `even`: leave it out"),
         (SIGMA, {"shift": 3}, "`shift` does nothing on the grid `power`"),
-        (SIGMA, {"low": 90}, "`low` must be below `high`"),
-        (UNIT, {"times": (0.2, 0.5)}, r"`times = \[0.2, 0.5\]` must fall, and lie between 1 and 0"),
-        (INDEX, {"times": (999,)}, "must fall, and lie between 999 and -1"),
+        (SIGMA, {"low": 90}, "`low` is not below `high`"),
+        (
+            UNIT,
+            {"times": (0.2, 0.5)},
+            r"`times = \[0.2, 0.5\]` are not in order, or leave the process",
+        ),
+        (INDEX, {"times": (999,)}, "write times that fall, between 999 and -1"),
         (
             INDEX,
             {"times": (7.5,)},
-            r"`times = \[7.5\]` must be whole numbers: time is an index here",
+            r"`times = \[7.5\]` are no whole numbers, and time is an index here",
         ),
         (
             INDEX,
@@ -199,7 +204,7 @@ def test_a_solver_that_starts_afresh_does_not_go_down_to_the_lowest_level():
             r"`times` is a list of numbers: write one such as `times = \[0.7, 0.3\]`",
         ),
         (UNIT, {"times": ((0.3,),)}, "`times` is a list of numbers: write one such as"),
-        (SIGMA, {"times": (1, 2)}, "must fall, and lie above 0"),
+        (SIGMA, {"times": (1, 2)}, "write times that fall, above 0"),
         (UNIT, {"times": (0.5,), "steps": 3}, "contradict each other: leave `steps` out"),
     ],
 )
@@ -215,7 +220,7 @@ def test_the_options_are_those_of_the_library():
     usual = {name: formals[name].default.span.text for name in grids.DEFAULTS}
     assert usual == {name: str(value) for name, value in grids.DEFAULTS.items()}
     words = [item.dotted for item in formals["grid"].domain.items]
-    assert set(words) == {"auto", *grids.INDEX, *grids.READ}
+    assert set(words) == {"auto", *grids.INDEX, *READ}
 
 
 # ---- where sampling begins and ends

@@ -99,8 +99,10 @@ def test_fewer_pictures_leave_none_of_before(home):
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        (["--solver", "huen"], "there is no part `huen`"),
-        (["--guidance", "x"], "there is no part `x`"),
+        (["--solver", "huen"], "there is no solver `huen`"),
+        (["--solver", "7"], "`7` is not a solver"),
+        (["--guidance", "x"], "`guidance` is a number, and `x` is none"),
+        (["--solver", "ddim(steps = 1001)"], "does not fit a process of 1000 steps"),
         (["--steps", "0"], "`steps` cannot be `0`"),
     ],
 )

@@ -265,6 +265,9 @@ DIF314 a way of guiding that leads nowhere
 DIF315 products in eight bits that cannot be
     Products in eight bits are taken of the copy of the weights in bf16, and have a backward
     derivative alone.
+DIF316 options of a solver that contradict each other or the process
+    The times of a solver are those that the process has, and fall from noise to data. Noise is
+    added, and guidance applied, at levels that some step has.
 DIF320 a missing block of options
     Training reads `data` and `train`, sampling reads `sample`.
 DIF321 a module that nothing says

@@ -14,7 +14,8 @@ from difftrain.language.equations import MAIN, Line, equations, labels, law
 from difftrain.language.finding import SpecError
 from difftrain.language.guidance import own_guidance
 from difftrain.language.horizon import horizon, own_shift
-from difftrain.language.part import written
+from difftrain.language.names import standard
+from difftrain.language.part import Part, written
 from difftrain.language.scope import Equation, Use, formals
 from difftrain.language.spec import Objective, Spec
 from difftrain.language.term import Term, const, is_const, show, walk
@@ -311,7 +312,8 @@ def _sample(run, objective: Objective) -> str:
     if objective.backbone and own_guidance(objective):
         form = f"guidance {w} inside the network, none outside"
     ways = [f"{words} {written(run[name])}" for name, words in WAYS.items() if run.values.get(name)]
-    return ", ".join([f"{written(run['solver'])}{_shifted(run, objective)}", form, *ways])
+    solver = f"{written(run['solver'])}{_shifted(run, objective)}"
+    return ", ".join([solver, form, *ways]) + _origin(run["solver"])
 
 
 WAYS = {
@@ -319,6 +321,18 @@ WAYS = {
     "guidance_rescale": "rescaled by",
     "guide": "u from",
 }
+
+
+def _origin(solver: Part) -> str:
+    """Where a solver of one's own comes from."""
+    place, colon, function = solver.module.partition(":")
+    if solver.name in ("", solver.module):
+        return ""
+    if colon:
+        return f"; `{solver.name}` is the function `{function}` of the Python module `{place}`"
+    shipped = any(("solver", place) in names.own for names in standard())
+    made = "made from" if shipped else "what an installed package calls"
+    return f"; `{solver.name}` is {made} `{place}`"
 
 
 def _shifted(run, objective: Objective) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,22 @@ class Interface:
 class Part:
     """Which builder of `difftrain.models` makes a module, and with what.
 
-    `kind` is "backbone", "encoder" or "codec"; options are numbers, strings, bools, tuples and
-    nested parts.
+    `kind` is "backbone", "encoder", "codec", "solver" and so on; options are numbers, strings,
+    bools, tuples and nested parts. `name` is what the spec calls it, which makes no difference.
     """
 
     kind: str
     module: str
     options: Mapping[str, object]
+    name: str = field(default="", compare=False)
 
 
 def written(value: object) -> str:
     """The value of an option as it would stand in a spec."""
     match value:
-        case Part(module=module, options=options):
+        case Part(options=options):
             inside = ", ".join(f"{name} = {written(v)}" for name, v in options.items())
-            return f"{module}({inside})"
+            return f"{value.name or value.module}({inside})"
         case tuple():
             return f"[{', '.join(map(written, value))}]"
     return str(value)

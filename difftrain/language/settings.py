@@ -265,7 +265,9 @@ def _unknown(path: str, value: object, places: _Places) -> Finding:
     names = [n.name for n in places.tree.body if isinstance(n, Block) and n.kind == "objective"]
     longer = next((f"{n}.{path}" for n in names if places.find(f"{n}.{path}")), None)
     last = {k.rpartition(".")[2]: k for k in reversed(known)}
+    ends = {k.partition(".")[2]: k for k in known if k.count(".") > 1}  # `onnx.precision`
     meant = longer or last.get(path) or nearest(path, known) or last.get(nearest(path, last))
+    meant = meant or ends.get(path) or ends.get(nearest(path, ends))
     listed = ", ".join(f"`{k}`" for k in known[:6])
     hint = f"write `--set {meant}=…`" if meant else f"there are {listed} and more"
     at = Label(Span(source, 0, len(path)))

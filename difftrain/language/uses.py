@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Definition, Names
-from difftrain.language.nearest import nearest
+from difftrain.language.nearest import edits, nearest
 from difftrain.language.scope import Scope, Use, formals
 from difftrain.language.tree import Argument, Call, Expr, Formal, Name, Span
 
@@ -19,7 +19,7 @@ def use_of(item: Expr, kind: str, scope: Scope, found: list[Finding]) -> Use | N
         return None
     definition = scope.home.find(kind, item.path)
     if definition is None:
-        found.append(_unknown(item, kind, scope.home))
+        found.append(unknown(item, kind, scope.home))
         return None
     label = kind if kind in ("process", "prediction") else definition.name
     return Use(definition, label, item, scope)
@@ -38,16 +38,22 @@ SYNONYMS = {
 }
 
 
-def _unknown(item: Name | Call, kind: str, names: Names) -> Finding:
-    known = names.known(kind)
+def unknown(item: Name | Call, kind: str, names: Names) -> Finding:
+    """That there is no block of a kind by this name, and which there are, the most alike first."""
+    known = sorted(names.known(kind), key=lambda name: (edits(item.dotted, name), name))
     close = SYNONYMS.get(item.dotted) if kind in ("process", "prediction") else None
     close = close or nearest(item.dotted, known)
     span = item.head if isinstance(item, Call) else item.span
-    listed = ", ".join(f"`{n}`" for n in known)
-    hint = f"write `{close}`" if close else f"there are {listed}" if known else ""
+    hint = f"write `{close}`" if close else listed(known)
     if kind in PART_KINDS and len(item.path) > 1 and item.path[0] not in names.spaces:
         hint = f"add `import std.{item.path[0]}` at the top of the file"
     return Finding("DIF119", f"there is no {kind} `{item.dotted}`", Label(span), help=hint)
+
+
+def listed(names: list[str]) -> str:
+    """Which names there are."""
+    words = ", ".join(f"`{name}`" for name in names)
+    return f"there {'is' if len(names) == 1 else 'are'} {words}" if names else ""
 
 
 # ---- arguments
@@ -85,8 +91,8 @@ def _no_parameter(use: Use, argument: Argument, names: list[str]) -> Finding:
         text = f"`{title}` takes {len(names) or 'no'} argument{'s' * (len(names) != 1)}"
         return Finding("DIF111", text, Label(argument.span, "one too many"), help="leave it out")
     close = nearest(written, names)
-    listed = "it takes " + ", ".join(f"`{n}`" for n in names) if names else "it takes none"
-    hint = f"write `{close}`" if close else listed
+    taken = "it takes " + ", ".join(f"`{n}`" for n in names) if names else "it takes none"
+    hint = f"write `{close}`" if close else taken
     span = Span(argument.span.source, argument.span.start, argument.span.start + len(written))
     return Finding("DIF111", f"`{title}` has no argument `{written}`", Label(span), help=hint)
 

@@ -22,12 +22,12 @@ from difftrain.language.tree import (
     Quantity,
     Text,
 )
-from difftrain.language.uses import PART_KINDS, bind, use_of
+from difftrain.language.uses import PART_KINDS, bind, listed, unknown, use_of
 from difftrain.language.worlds import HERE, Frame, Problem
 
 # ---- parts
 
-FOR_RULES = ("reads", "together")  # what a block says for rules: quantities, and options
+FOR_RULES = ("reads", "together", "levels")  # what a block says for rules: quantities, and options
 LISTED = ("times", "inputs")  # options of a network that name quantities
 
 
@@ -48,22 +48,38 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
             elif isinstance(node, Define) and node.name not in FOR_RULES:
                 local = Scope(use.label, block.home, {n: n for n in options})
                 options[node.name] = read_value(node.value, local, equations, found, (), uses)
-    return Part(definition.kind, module, options)
+    return Part(definition.kind, module, options, use.call.dotted)
 
 
 def read_option(formal: Formal, expr: Expr, scope: Scope, equations, found, uses=None):
     """The value of an option or argument, checked against what it may be."""
     words = choices(formal)
     word = isinstance(expr, Name) and scope.home.find("param", expr.path) is None
-    if words and word and expr.dotted not in words:
+    number = isinstance(formal.domain, Interval) and not _is_quantity(expr.span.text, equations)
+    if word and (number or words) and expr.dotted not in words:
         check_domain(formal, expr, expr.dotted, found)
         return None
     before = len(found)
     wanted = "quantity" if formal.name in LISTED else "part"
+    wanted = formal.name if formal.name in PART_KINDS else wanted
     value = read_value(expr, scope, equations, found, words, uses, wanted)
-    if len(found) == before:
+    if len(found) == before and wanted in PART_KINDS:
+        _check_kind(wanted, expr, value, scope.home, found)
+    elif len(found) == before:
         check_domain(formal, expr, value, found)
     return value if len(found) == before else None
+
+
+def _check_kind(kind: str, expr: Expr, value, names: Names, found: list[Finding]) -> None:
+    """A finding where an option that is called after a kind of part holds something else."""
+    if isinstance(value, Part) and value.kind == kind:
+        return
+    hint = listed(names.known(kind))
+    if kind == "solver" and isinstance(value, str) and ":" in value:  # a function from Python
+        block = f'solver own from euler {{ module = "{value}" }}'
+        hint = f"write `{block}` at the top of the file, and `own` here"
+    text = f"`{expr.span.text}` is not a {kind}"
+    found.append(Finding("DIF118", text, Label(expr.span), help=hint))
 
 
 def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None, wanted="part"):
@@ -119,6 +135,8 @@ def _unknown(expr: Name | Call, wanted: str, names: Names, equations: Equations)
     if meant := _inner(expr.path, inner):
         text = f"there is no `{expr.dotted}`"
         return Finding("DIF120", text, Label(expr.span), help=f"write `{meant}`")
+    if wanted in PART_KINDS:
+        return unknown(expr, wanted, names)
     parts = [n for kind in PART_KINDS for n in names.known(kind)] if wanted == "part" else []
     close = nearest(expr.dotted, parts) or nearest(expr.dotted, equations.quantities)
     hint = f"write `{close}`" if close else OTHERWISE[wanted]

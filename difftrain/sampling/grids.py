@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Law = tuple[str, float, float]  # "index", "real" or "open", and the ends: language/horizon.py
+from difftrain.language.spacing import DEFAULTS, Law, check, check_steps, chosen
+
 HALVINGS = 100  # more than a float64 has digits, as intervals reach down to 0
 
 
@@ -23,7 +23,7 @@ def trailing(steps: int, count: int) -> Tensor:
 
     Begins at count - 1, as zero terminal SNR needs (arXiv:2305.08891 table 2).
     """
-    _check(steps, count)
+    check_steps(steps, count)
     stride = count - (count - count / steps)  # as numpy.arange rounds it, which decides ties
     times = count - torch.arange(steps, dtype=torch.float64) * stride
     return _indices(times.round() - 1)
@@ -34,21 +34,14 @@ def leading(steps: int, count: int, offset: int = 0) -> Tensor:
 
     Begins below count - 1. Stable Diffusion 1 was published with offset 1.
     """
-    _check(steps, count)
+    check_steps(steps, count)
     return _indices((steps - 1 - torch.arange(steps)) * (count // steps) + offset)
 
 
 def uniform(steps: int, count: int) -> Tensor:
     """Evenly spaced indices from count - 1 to 0, both included, rounded: int64 [steps + 1]."""
-    _check(steps, count)
+    check_steps(steps, count)
     return _indices(torch.linspace(count - 1, 0, steps, dtype=torch.float64))
-
-
-def _check(steps: int, count: int) -> None:
-    if not 1 <= steps <= count:
-        raise ValueError(
-            f"`steps = {steps}` does not fit a process of {count} steps: use 1 to {count}"
-        )
 
 
 def _indices(times: Tensor) -> Tensor:
@@ -85,10 +78,6 @@ class Levels(Protocol):
 
 
 INDEX = {"trailing": trailing, "leading": leading, "uniform": uniform}
-USUAL = {"index": "trailing", "real": "even", "open": "power"}  # `grid = auto`
-NAMES = {"index": "an index", "real": "continuous", "open": "continuous"}
-DEFAULTS = {"shift": "auto", "low": 0.002, "high": 80, "rho": 7}  # of specs/std/run.diff
-READ = {"even": ("shift",), "power": ("low", "high", "rho")}
 OPTIONS = ("steps", "grid", "times", *DEFAULTS)  # what of a solver's options makes its grid
 
 
@@ -100,7 +89,7 @@ def grid(
     Indices; or even times, from the end of the law or, where that is open, from where sigma / alpha
     is `high`; or the times at which sigma / alpha falls from `high` to `low` by `power`. Times in
     `times` stand between the first and the clean end. `shift = auto` is the shift of the times that
-    were trained. Raises ValueError as `check` does.
+    were trained. Raises Misfit as `check` does.
     """
     check(law, options)
     if options.get("shift", "auto") == "auto":
@@ -110,58 +99,6 @@ def grid(
     whole = _named(law, {**DEFAULTS, **options, "steps": steps}, levels)
     between = torch.tensor(listed, dtype=whole.dtype)
     return torch.cat([whole[:1], between, whole[1:]])
-
-
-def check(law: Law, options: Mapping[str, object]) -> None:
-    """Raises ValueError, in the words of the options, for what does not fit the process."""
-    (kind, low, high), word = law, chosen(law, options)
-    options = {**DEFAULTS, **options}
-    if (word in INDEX) != (kind == "index"):
-        fitting = INDEX if kind == "index" else READ
-        raise ValueError(
-            f"`grid = {word}` does not fit this process, whose time is {NAMES[kind]}:"
-            f" use {' or '.join(f'`{name}`' for name in fitting)}"
-        )
-    read = {*READ.get(word, ()), *(("high",) if kind == "open" else ())}
-    for name, usual in DEFAULTS.items():
-        if name not in read and options[name] != usual:
-            raise ValueError(f"`{name}` does nothing on the grid `{word}`: leave it out")
-    if word == "power" and options["low"] >= options["high"]:
-        raise ValueError(
-            "`low` must be below `high`: sigma / alpha falls from the one to the other"
-        )
-    if times := _listed(options, kind == "index"):
-        _check_listed(times, options["steps"], low, high, kind == "index")
-    elif kind == "index":
-        _check(options["steps"], int(high))
-
-
-def chosen(law: Law, options: Mapping[str, object]) -> str:
-    """The word for the grid: what the options say, or what is usual for the process."""
-    word = options.get("grid", "auto")
-    return USUAL[law[0]] if word == "auto" else word
-
-
-def _listed(options: Mapping[str, object], counted: bool) -> list:
-    """The times that stand in the options. Raises ValueError for what is no list of numbers."""
-    times = options.get("times", ())
-    if not isinstance(times, tuple | list) or not all(isinstance(t, int | float) for t in times):
-        usual = "[700, 300]" if counted else "[0.7, 0.3]"
-        raise ValueError(f"`times` is a list of numbers: write one such as `times = {usual}`")
-    return list(times)
-
-
-def _check_listed(times: list, steps: int, low: float, high: float, counted: bool) -> None:
-    first, last = (high - 1, -1) if counted else (high, low)
-    if counted and any(time != int(time) for time in times):
-        raise ValueError(f"`times = {times}` must be whole numbers: time is an index here")
-    if any(a <= b for a, b in pairwise([first, *times, last])):
-        within = f"between {first:g} and {last:g}" if math.isfinite(first) else f"above {last:g}"
-        raise ValueError(f"`times = {times}` must fall, and lie {within}")
-    if steps not in (1, len(times) + 1):
-        raise ValueError(
-            f"`steps = {steps}` and `times = {times}` contradict each other: leave `steps` out"
-        )
 
 
 def _named(law: Law, options: Mapping[str, object], levels: Levels) -> Tensor:

@@ -14,6 +14,7 @@ from difftrain.language.rules import (
     shape,
     singular,
     undefined,
+    walks,
     weights,
 )
 
@@ -49,7 +50,8 @@ RULES = (
     run.copies,
     run.products,
     run.guidance,
-    run.solver,
+    walks.solver,
+    walks.options,
     run.time_scale,
     undefined.numbers,
     inert.strategies,

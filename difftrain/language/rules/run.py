@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping
 
 from difftrain.language.finding import Finding, Label
 from difftrain.language.guidance import own_guidance
-from difftrain.language.meaning import lacking
-from difftrain.language.names import Definition, Names, is_shipped
+from difftrain.language.names import Names, is_shipped
 from difftrain.language.numbers import value
-from difftrain.language.options import Run, decays, schema
+from difftrain.language.options import Run, decays
+from difftrain.language.part import Part
 from difftrain.language.rules.case import Case, shown
-from difftrain.language.scope import lineage
 from difftrain.language.spec import Spec, top_line
 from difftrain.language.term import Term, is_const, walk
-from difftrain.language.tree import Block, Call, Define, Expr, ListOf, Name, Redefine
+from difftrain.language.tree import Redefine
 from difftrain.language.worlds import Problem
 
 STEPS = (1, 2, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
@@ -96,6 +95,9 @@ def guidance(case: Case, found: list[Finding]) -> None:
         found += _ways(case, run, scale, inside)
     if inside or scale in (None, 1) or run["guide"]:
         return
+    if blind := _unconditional(case):
+        found.append(_nothing_to_guide(run, scale, blind))
+        return
     if dropped is None or not is_const(dropped) or dropped.value:
         return
     trained = case.objective.backbone and case.objective.backbone.part.options.get("weights")
@@ -113,13 +115,33 @@ def guidance(case: Case, found: list[Finding]) -> None:
     )
 
 
+def _unconditional(case: Case) -> str:
+    """The name of the network where it reads no condition; nothing where it may read one."""
+    backbone = case.objective.backbone
+    text = backbone and backbone.part.options.get("text")
+    own = backbone and backbone.part.module != "custom"  # whose caller brings conditions
+    blind = own and not isinstance(text, Part) and not (isinstance(text, tuple) and text)
+    return backbone.uses[0].definition.name if blind else ""
+
+
+def _nothing_to_guide(run: Run, scale: float, network: str) -> Finding:
+    return Finding(
+        "DIF310",
+        f"guidance {shown(scale)} needs a network that reads a condition",
+        Label(run.written["guidance"]),
+        because=f"`{network}` has no `text`, so there is nothing to guide towards",
+        help=f"give `{network}` a `text` encoder, set `guide` to a weaker run, or leave `guidance`"
+        " out",
+    )
+
+
 WAYS = {"guidance_interval": (), "guidance_rescale": 0, "guide": ""}  # off
 
 
 def _ways(case: Case, run: Run, scale: float | None, inside: Mapping) -> Iterator[Finding]:
     """How to guide is said where there is guidance, and an interval has two ends."""
     ends = run["guidance_interval"]
-    if ends and not _ascending(ends):
+    if ends and not ascending(ends):
         at = run.written["guidance_interval"]
         text = f"`{at.text}` is no interval of noise levels"
         hint = "write `guidance_interval = 0.28..2.9`, the smaller sigma / alpha first"
@@ -136,73 +158,10 @@ def _ways(case: Case, run: Run, scale: float | None, inside: Mapping) -> Iterato
         yield Finding("DIF314", text, at, because=because, help=hint, severity="warning")
 
 
-def _ascending(ends: object) -> bool:
+def ascending(ends: object) -> bool:
+    """Whether the ends of an interval of noise levels are two numbers in order."""
     numbers = isinstance(ends, tuple) and all(isinstance(e, (int, float)) for e in ends)
     return numbers and len(ends) == 2 and 0 <= ends[0] < ends[1]
-
-
-def solver(case: Case, found: list[Finding]) -> None:
-    """A solver finds every quantity that it reads."""
-    run = case.spec.runs.get("sample")
-    definition = _solver(case.spec) if run else None
-    if definition is None or case.term("loss") is None:
-        return
-    said = {s.name: s.value for d in lineage(definition) for s in d.node.body}
-    found += _idle(case, run, said.get("together"))
-    for item in said["reads"].items if isinstance(said.get("reads"), ListOf) else ():
-        problem = lacking(case.objective, item.dotted)
-        if problem or case.term(item.dotted) is None:
-            found.append(_no_solver(case, run, definition.name, item.dotted, problem))
-            return
-
-
-def _idle(case: Case, run: Run, together: Expr | None) -> Iterator[Finding]:
-    """Options that the call of a solver sets, and that count for nothing where the first of those
-    that go `together` is 0."""
-    call, part = _called(case.spec), run["solver"]
-    if not isinstance(together, ListOf) or not isinstance(call, Call) or part is None:
-        return
-    switch, *others = (item.dotted for item in together.items)
-    for argument in call.args if part.options[switch] == 0 else ():
-        if argument.name in others:
-            text = f"`{argument.name}` of `{call.dotted}` is set and never read"
-            because, hint = f"`{switch}` is 0", f"set `{switch}`, or leave `{argument.name}` out"
-            yield Finding("DIF301", text, Label(argument.span), because=because, help=hint)
-
-
-def _solver(spec: Spec) -> Definition | None:
-    """The solver that samples, by the block of the file or the library's default."""
-    value = _called(spec)
-    return spec.names.find("solver", value.path) if isinstance(value, (Name, Call)) else None
-
-
-def _called(spec: Spec) -> Expr:
-    """What stands for the solver, in the file or by default."""
-    blocks = [n for n in spec.tree.body if isinstance(n, Block) and n.kind == "sample"]
-    named = [
-        s.value for b in blocks for s in b.body if isinstance(s, Define) and s.name == "solver"
-    ]
-    return named[-1] if named else schema("sample")["solver"][0].default
-
-
-def _no_solver(case: Case, run, name: str, quantity: str, problem: Finding | None) -> Finding:
-    process = case.slot("process")
-    if problem:
-        because = f"it reads `{quantity}`, and {problem.because or problem.message}"
-        hint = problem.help or "choose a solver that does not, such as `multistep`"
-        at = Label(run.written.get("solver", run.span))
-        title = case.objective.name
-        return Finding("DIF216", f"`{name}` cannot sample `{title}`", at, (), because, hint)
-    title = process.definition.name if process else "the process"
-    at = run.written.get("solver", run.span)
-    return Finding(
-        "DIF312",
-        f"`{name}` cannot sample `{title}`",
-        Label(at),
-        (Label(process.call.span, "the process"),) if process else (),
-        because=f"it reads `{quantity}`, which has no value here",
-        help="choose another solver, such as `ddim`",
-    )
 
 
 def time_scale(case: Case, found: list[Finding]) -> None:

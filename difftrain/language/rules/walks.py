@@ -1,0 +1,192 @@
+"""Rules about a solver: what it reads, and options that fit each other and the process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from difftrain.language.finding import Finding, Label
+from difftrain.language.forms import clock
+from difftrain.language.horizon import horizon
+from difftrain.language.meaning import lacking
+from difftrain.language.names import Definition
+from difftrain.language.options import Run, schema
+from difftrain.language.part import Part
+from difftrain.language.rules.case import ALONG, Case, shown
+from difftrain.language.rules.run import ascending
+from difftrain.language.scope import lineage
+from difftrain.language.spacing import DEFAULTS, Law, Misfit, check, chosen
+from difftrain.language.spec import Spec
+from difftrain.language.tree import Block, Call, Define, Expr, ListOf, Name, Span
+from difftrain.language.worlds import Problem
+
+NEEDED = ("steps", *DEFAULTS)  # what every solver of the library has
+Ends = tuple[float, float]  # of sigma / alpha
+
+
+def solver(case: Case, found: list[Finding]) -> None:
+    """A solver finds every quantity that it reads."""
+    run = case.spec.runs.get("sample")
+    definition = _solver(case.spec) if run else None
+    if definition is None or case.term("loss") is None:
+        return
+    said = _said(definition)
+    found += _idle(case, run, said.get("together"))
+    for item in _items(said.get("reads")):
+        problem = lacking(case.objective, item.dotted)
+        if problem or case.term(item.dotted) is None:
+            found.append(_no_solver(case, run, definition.name, item.dotted, problem))
+            return
+
+
+def _idle(case: Case, run: Run, together: Expr | None) -> Iterator[Finding]:
+    """Options that the call of a solver sets, and that count for nothing where the first of those
+    that go `together` is 0."""
+    call, part = _called(case.spec), run["solver"]
+    if not isinstance(together, ListOf) or not isinstance(call, Call) or part is None:
+        return
+    switch, *others = (item.dotted for item in together.items)
+    for argument in call.args if part.options[switch] == 0 else ():
+        if argument.name in others:
+            text = f"`{argument.name}` of `{call.dotted}` is set and never read"
+            because, hint = f"`{switch}` is 0", f"set `{switch}`, or leave `{argument.name}` out"
+            yield Finding("DIF301", text, Label(argument.span), because=because, help=hint)
+
+
+def _solver(spec: Spec) -> Definition | None:
+    """The solver that samples, by the block of the file or the library's default."""
+    value = _called(spec)
+    return spec.names.find("solver", value.path) if isinstance(value, (Name, Call)) else None
+
+
+def _called(spec: Spec) -> Expr:
+    """What stands for the solver, in the file or by default."""
+    blocks = [n for n in spec.tree.body if isinstance(n, Block) and n.kind == "sample"]
+    named = [
+        s.value for b in blocks for s in b.body if isinstance(s, Define) and s.name == "solver"
+    ]
+    return named[-1] if named else schema("sample")["solver"][0].default
+
+
+def _no_solver(case: Case, run, name: str, quantity: str, problem: Finding | None) -> Finding:
+    process = case.slot("process")
+    if problem:
+        because = f"it reads `{quantity}`, and {problem.because or problem.message}"
+        hint = problem.help or "choose a solver that does not, such as `multistep`"
+        at = Label(run.written.get("solver", run.span))
+        title = case.objective.name
+        return Finding("DIF216", f"`{name}` cannot sample `{title}`", at, (), because, hint)
+    title = process.definition.name if process else "the process"
+    at = run.written.get("solver", run.span)
+    return Finding(
+        "DIF312",
+        f"`{name}` cannot sample `{title}`",
+        Label(at),
+        (Label(process.call.span, "the process"),) if process else (),
+        because=f"it reads `{quantity}`, which has no value here",
+        help="choose another solver, such as `ddim`",
+    )
+
+
+# ---- options that fit each other and the process
+
+
+def options(case: Case, found: list[Finding]) -> None:
+    """The times of a solver are those of the process, and what it does to some levels of noise it
+    does to some that it meets."""
+    run = case.spec.runs.get("sample")
+    part, definition = run and run["solver"], _solver(case.spec)
+    if part is None or definition is None or case.term("loss") is None:
+        return
+    if any(f.code in ("DIF206", "DIF312") for f in found) or None in part.options.values():
+        return
+    if lost := next((name for name in NEEDED if name not in part.options), None):
+        text = f"`{definition.name}` has no `{lost}`, which lays out its times"
+        at, hint = Label(_place(case, run)), f"write `solver {definition.name} from euler {{ … }}`"
+        found.append(Finding("DIF316", text, at, help=hint))
+        return
+    try:
+        law = horizon(case.objective)
+        check(law, part.options)
+    except Problem:
+        return  # said elsewhere
+    except Misfit as told:
+        at = Label(_place(case, run, told.option))
+        found.append(Finding("DIF316", told.message, at, help=told.hint))
+        return
+    if walked := _walked(case, law, part):
+        found += _missed(case, run, definition, walked)
+
+
+def _missed(case: Case, run: Run, definition: Definition, walked: Ends) -> Iterator[Finding]:
+    """Ranges of sigma / alpha in which no step of the solver lies."""
+    said, part = _said(definition), run["solver"]
+    names = [item.dotted for item in _items(said.get("levels"))]
+    off = any(part.options[item.dotted] == 0 for item in _items(said.get("together"))[:1])
+    if names and not off:
+        low, high = (part.options[name] for name in names)
+        at = Label(_place(case, run, *names))
+        pair = " and ".join(f"`{n} = {shown(part.options[n])}`" for n in names)
+        if low >= high:
+            text, hint = f"{pair} leave nothing between them", "write the smaller one first"
+            yield Finding("DIF316", text, at, help=f"{hint}: both are sigma / alpha")
+        elif not _meets((low, high), walked):
+            text = f"no step lies between {pair}"
+            yield Finding("DIF316", text, at, because=_reaches(walked), help=WITHIN)
+    ends = run.values.get("guidance_interval")
+    if ends and ascending(ends) and not _meets(ends, walked):
+        at, text = run.written["guidance_interval"], "there is no guidance at any step"
+        because = f"{_reaches(walked)}, and it is on in {shown(ends[0])}..{shown(ends[1])}"
+        yield Finding("DIF314", text, Label(at), (), because, WITHIN, severity="warning")
+
+
+WITHIN = "choose a range of levels that are walked"
+
+
+def _meets(ends: Ends, walked: Ends) -> bool:
+    return ends[0] < walked[1] and ends[1] > walked[0]
+
+
+def _reaches(walked: Ends) -> str:
+    return f"sigma / alpha runs from {shown(walked[1])} down to {shown(walked[0])} here"
+
+
+def _walked(case: Case, law: Law, part: Part) -> Ends | None:
+    """The least and the largest sigma / alpha on the grid of a solver, as far as it can be told."""
+    (kind, low, high), word = law, chosen(law, part.options)
+    options = {**DEFAULTS, **part.options}
+    named = (options["low"] if word == "power" else 0.0, options["high"])
+    if kind == "open":
+        return named
+    least, most = (_ratio(case, t) for t in (low, high - 1 if kind == "index" else high))
+    if least is None or most is None:
+        return None
+    return (max(least, named[0]), min(most, named[1])) if word == "power" else (least, most)
+
+
+def _ratio(case: Case, t: float) -> float | None:
+    """sigma / alpha at a time, where both have a value there."""
+    terms = [case.term(name, ALONG) for name in ("alpha", "sigma")]
+    if None in terms or clock(case.objective.equations) == "time":
+        return None
+    ((alpha, sigma),) = case.along(*terms, at=(t,))
+    if alpha != alpha or sigma != sigma:
+        return None
+    return sigma / alpha if alpha else math.inf
+
+
+def _place(case: Case, run: Run, *names: str) -> Span:
+    """Where the call of the solver sets one of these options; else all of it."""
+    call = _called(case.spec)
+    args = call.args if isinstance(call, Call) else ()
+    given = [a for a in args if a.name in names]
+    return given[0].span if given else run.written.get("solver", run.span)
+
+
+def _said(definition: Definition) -> dict[str, Expr]:
+    """What a solver and those that it is made from say, by name."""
+    return {s.name: s.value for d in lineage(definition) for s in d.node.body}
+
+
+def _items(listed: Expr | None) -> tuple:
+    return listed.items if isinstance(listed, ListOf) else ()
