@@ -1,4 +1,4 @@
-"""The emitted training step: eager, traced whole, and compiled on a GPU."""
+"""The emitted training step, as it is and traced whole; see test_precision.py for how exact it is."""
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ STEPS = 4
 class Bench:
     """A compiled spec with tiny modules and random batches."""
 
-    def __init__(self, precision="fp32", train="true", device="cpu", text=SPEC):
+    def __init__(self, precision="fp32", train="true", text=SPEC):
         bundle = compile_text("tiny", text.format(precision=precision, train=train))
-        self.bundle, self.module, self.device = bundle, bundle.module("step.py"), device
+        self.bundle, self.module = bundle, bundle.module("step.py")
         self.precision = precision
         part = bundle.read().objective().backbone.part
         torch.manual_seed(0)
@@ -42,23 +42,22 @@ class Bench:
         if train == "false":
             text_encoder.requires_grad_(False)
         network = build(part, codec=codec, text=text_encoder)
-        self.modules = {"student": network.to(device), "text": text_encoder.to(device)}
+        self.modules = {"student": network, "text": text_encoder}
         self.plan = layout(self.modules)
-        self.weights = gather(self.modules, self.plan, device)
-        self.tables = {k: v.float().to(device) for k, v in self.module.tables().items()}
+        self.weights = gather(self.modules, self.plan, "cpu")
+        self.tables = {k: v.float() for k, v in self.module.tables().items()}
 
     def fresh(self):
         return states.fresh(self.weights.clone(), 0, STEPS, precision=self.precision)
 
     def batch(self, k):
         made = torch.Generator().manual_seed(k)
-        batch = {
+        return {
             "x0": torch.randn(4, 4, 8, 8, generator=made),
             "index": torch.arange(4 * k, 4 * k + 4),
             "input_ids": torch.randint(1000, 1020, (4, 8), generator=made),
             "null_ids": torch.full((1, 8), 49407),
         }
-        return {name: value.to(self.device) for name, value in batch.items()}
 
     def run(self, step, steps=STEPS, state=None):
         state = self.fresh() if state is None else state
@@ -203,20 +202,3 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(states.CheckpointError, match="cannot be read"):
         states.load(path, bench.fresh(), bench.plan, "abc")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_on_a_gpu_the_compiled_step_equals_eager(precision):
-    bench = Bench(precision=precision, device="cuda")
-    torch._dynamo.reset()
-    compiled = torch.compile(bench.module.step, fullgraph=True, dynamic=False)
-    eager, expected = bench.run(bench.module.step)
-    state, logs = bench.run(compiled, 2)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for k in (2, 3):
-            log = compiled(state, bench.batch(k), bench.modules, bench.plan, bench.tables)
-            logs.append({n: v.item() for n, v in log.items()})
-    tolerance = 1e-3 if precision == "fp32" else 3e-2
-    for ours, theirs in zip(logs, expected, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
