@@ -1,4 +1,4 @@
-"""The emitted training step, as it is and traced whole; see test_precision.py for how exact it is."""
+"""The emitted training step, eager and traced whole; test_precision.py says how exact it is."""
 
 import pytest
 import torch
