@@ -1,9 +1,12 @@
 """The benchmark of steps: what it compares, that every contender makes a step, what it prints."""
 
+import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,20 +80,21 @@ def measured(seconds, **kernels):
 
 
 def test_the_table_says_what_follows_from_it(tool):
-    step, rows = tool("bench_step"), tool("bench.rows")
+    step, rows, report = tool("bench_step"), tool("bench.rows"), tool("bench.report")
     row = step.chosen("sd15:8", "", tiny=False)
     results = {
         ("sd15:8", rows.COMPILED): measured(0.2),
-        ("sd15:8", rows.PLAIN): measured(0.1, triton_poi_fused_add_3=5, nvjet=1),
-        ("sd15:8", rows.BARE): measured(0.098, triton_poi_fused_add_4=2, nvjet=1),
+        ("sd15:8", rows.PLAIN): measured(0.1, triton_poi_fused_add_3=3, _words=2, nvjet=1),
+        ("sd15:8", rows.BARE): measured(0.098, triton_poi_fused_add_4=2, nvjet=1) | {"update": 2},
         ("sd15:8", rows.EAGER): {"error": "OutOfMemoryError: too much"},
     }
-    said = step.report({"sd15:8": row}, results)
-    assert "| SD1.5 UNet | 8 | ours | 80.0 | 25.0% | 3.0 / 4.0 | 100.0 | 6 | - | 0 |" in said
+    said = report.table({"sd15:8": row}, results, ["train.clip=0"])
+    assert "| SD1.5 UNet | 8 | ours | 80.0 | 25.0% | 3.0 / 4.0 | 100.0 | 6 | 5 | 0 |" in said
     assert "| SD1.5 UNet | 8 | (a) eager | OutOfMemoryError: too much |" in said
     assert "ours is 2.00 times as fast as (b) compiled" in said
-    more = "(more: 3 triton_poi_fused_add; fewer: none)"
-    assert f"the objective takes 2.0% of the step and 3 kernels {more}" in said
+    more = "2 of them draws (more: 2 _words; 1 triton_poi_fused_add; fewer: none)"
+    assert f"the objective takes 2.0% of the step and 3 kernels, {more}" in said
+    assert said.splitlines()[0].endswith("a GPU, torch 2.11; ours with train.clip=0")
     assert "fused element by element 50.0%, matrix products 50.0%" in said
 
 
@@ -98,3 +102,92 @@ def test_a_row_that_does_not_exist_is_told():
     command = [sys.executable, str(TOOLS / "bench_step.py"), "--rows", "sd16"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 1 and "there is no row `sd16`: use one of sd15" in ended.stderr
+
+
+MEASURES = """
+import json, sys, time
+from bench import gauge
+
+gauge.alone()
+began = time.monotonic()
+time.sleep(0.3)
+with open(sys.argv[1], "w") as out:
+    json.dump([began, time.monotonic()], out)
+sys.exit(sys.argv[2] or None)
+"""
+
+
+def test_processes_side_by_side_measure_one_after_the_other(tool, tmp_path):
+    crew, ended = tool("bench.crew"), {}
+    works = []
+    for number in range(3):
+        result = tmp_path / f"{number}.json"
+        said = "it fell over" if number == 1 else ""
+        works.append(crew.Work(("-c", MEASURES, str(result), said), result))
+
+    def told(running, error):
+        ended[running.work.result] = error
+
+    crew.Crew(["0"], 3, 60, told).run([[work] for work in works])
+    assert [ended[work.result] for work in works] == ["", "it fell over", ""]
+    spans = sorted(json.loads(work.result.read_text()) for work in works)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+
+
+def test_what_is_not_done_in_time_is_ended_and_told(tool, tmp_path):
+    crew, ended = tool("bench.crew"), []
+    work = crew.Work(("-c", "import time; time.sleep(60)"), tmp_path / "late.json")
+    crew.Crew(["0"], 1, 0.5, lambda _, error: ended.append(error)).run([[work], [work]])
+    assert ended == [crew.LATE]
+
+
+def test_works_wait_for_room_on_a_gpu(tool, tmp_path, monkeypatch):
+    crew = tool("bench.crew")
+    monkeypatch.setattr(crew, "size", lambda gpu: 84.0)
+    one = crew.Crew(["0", "1"], 3, 60, print)
+    big, small = (crew.Work((), tmp_path / "x", gb) for gb in (50.0, 20.0))
+    one.running = [crew.Running(big, [], "0", None), crew.Running(small, [], "1", None)]
+    assert not one._fits("0", [big]) and one._fits("0", [small]) and one._fits("1", [small, big])
+    paused = crew.Running(big, [], "0", None, [[1.0, 2.0], [4.0, 9.0]])
+    assert paused.waited(1.5, 6.0) == 2.5
+
+
+def test_what_is_wanted_most_is_measured_first(tool, tmp_path):
+    step, rows = tool("bench_step"), tool("bench.rows")
+    asked = {name: step.chosen(name, "", tiny=False) for name in rows.WHOLE}
+    args = Namespace(gpu="0", together=1, limit=1, set=["train.clip=0"], tiny=False, steps=5)
+    args.spread = True
+    bench = step.Bench(asked, args)
+    pieces = bench._pieces(tmp_path)
+    keys = [bench.keys[work.result] for (work,) in pieces]
+    assert keys[1] == [("sd15", "ours"), ("dream", "ours")]  # one process for both
+    assert len(pieces) == len({*(key for several in keys for key in several)}) - 2
+    order = [key for several in keys for key in several if key in rows.WANTED]
+    assert [key for key in order if key[0] != "dream"][:6] == list(rows.WANTED[:6])
+    told = json.loads(Path(pieces[1][0].command[1]).read_text())
+    assert told["settings"] == {"data.batch": "16", "train.clip": "0"}
+
+
+def test_the_best_batch_of_several_is_told(tool):
+    step, rows, report = tool("bench_step"), tool("bench.rows"), tool("bench.report")
+    asked = {name: step.chosen(name, "", tiny=False) for name in ("dit", "dit:128")}
+    results = {
+        ("dit", rows.COMPILED): measured(0.13),
+        ("dit", rows.PLAIN): measured(0.12),
+        ("dit:128", rows.PLAIN): measured(0.2) | {"gpu": "1"},
+        ("dit:128", rows.COMPILED): measured(0.32),
+    }
+    said = report.table(asked, results, [])
+    assert "ours 640.0 img/s at 128, (b) compiled 492.3 at 64: 1.30 times as fast" in said
+    assert "ours is 1.60 times as fast as (b) compiled, each on another GPU" in said
+
+
+def test_the_update_alone_is_that_of_a_step(tool):
+    """Its kernels are counted: it must not do less, whatever the precision."""
+    ours = tool("bench.ours")
+    with ours.opened("dit", {**SMALL, "train.precision": "bf16"}, 2, 8) as session:
+        before = {name: value.clone() for name, value in session.state.items()}
+        with torch.compiler.set_stance("force_eager"):
+            ours.updating(session)()
+        moved = {n for n, v in session.state.items() if not torch.equal(v, before[n])}
+    assert {"weights", "half", "average", "updates", "turn"} <= moved

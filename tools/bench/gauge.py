@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from bench.crew import TURN
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +25,13 @@ def wait() -> None:
     """Until the device has done everything."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def alone() -> None:
+    """Until this process has its GPU for itself, where others run beside it: see `bench.crew`."""
+    wait()
+    while TURN in os.environ and not Path(os.environ[TURN]).exists():
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def matmul_rate(side: int = SIDE) -> float:
@@ -81,6 +92,14 @@ def cache_hits() -> dict[str, int]:
     return {name: count for name, count in each.items() if name.endswith(kinds)}
 
 
+def held() -> dict[str, float]:
+    """GB in use now, as `memory`; of a process on a CPU what it used at most so far."""
+    if not torch.cuda.is_available():
+        return memory()
+    now = {"allocated": torch.cuda.memory_allocated, "reserved": torch.cuda.memory_reserved}
+    return {name: use() / 1e9 for name, use in now.items()}
+
+
 def memory() -> dict[str, float]:
     """The greatest use so far in GB: `allocated` by tensors and `reserved` from the GPU, or the
     resident set of a process on a CPU."""
@@ -94,14 +113,16 @@ def memory() -> dict[str, float]:
 
 
 def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
-    """What a step takes, how the first one began, and its kernels, which are those of the third."""
+    """What a step takes, when the first one began and ended, and the kernels of the third. From
+    the second step on this process is alone on its GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
+    began = time.monotonic()
     step()
     wait()
-    first, hits = time.perf_counter() - started, cache_hits()
+    ended, hits = time.monotonic(), cache_hits()
+    alone()
     step()
     launched = kernels(step)
     for _ in range(WARM_UP - 3):
@@ -115,7 +136,7 @@ def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
         wait()
         seconds.append((time.perf_counter() - started) / BLOCK)
     return {
-        "first": first,
+        "first": [began, ended],
         "hits": hits,
         "seconds": statistics.median(seconds),
         "spread": [min(seconds), max(seconds)],

@@ -18,8 +18,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def main(task: str, result: str) -> None:
     told = json.loads(Path(task).read_text())
-    rate = gauge.matmul_rate()
     found = ours_measured(told) if told["spec"] else peer_measured(told)
+    rate = gauge.matmul_rate()
     if not math.isfinite(found["loss"]):
         raise ArithmeticError(f"the loss is {found['loss']} after {told['steps']} steps")
     worth = found["flops"] * told["passes"] * told["batch"] / found["seconds"]
@@ -33,7 +33,15 @@ def ours_measured(told: Mapping) -> dict[str, object]:
     batch = told["batch"]
     with ours.opened(told["spec"], told["settings"], batch, told["side"]) as session:
         flops = gauge.forward_flops(ours.forward(session, batch)) / batch
-        return {"flops": flops, **gauge.timed(ours.stepping(session, batch), told["steps"])}
+        found = {"flops": flops, **gauge.timed(ours.stepping(session, batch), told["steps"])}
+        return found | ({"update": updates(session)} if told["update"] else {})
+
+
+def updates(session: ours.Session) -> int:
+    """The kernels of what a step does with its gradient."""
+    update = ours.updating(session)
+    update()
+    return gauge.launches(gauge.kernels(update))
 
 
 def peer_measured(told: Mapping) -> dict[str, object]:

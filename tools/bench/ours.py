@@ -8,8 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from difftrain.compiler import lowering, update
 from difftrain.training.batches import Batches
 from difftrain.training.bundle import compile_spec
 from difftrain.training.own import importable
@@ -62,3 +64,22 @@ def forward(session: Session, batch: int) -> Callable[[], object]:
     t = x.new_zeros(len(x))
     extra = {name.rpartition(".")[2]: t for name in further}
     return lambda: parts.modules["student"](x, t, cond, **extra)
+
+
+def updating(session: Session) -> Callable[[], None]:
+    """What a step does with its gradient, compiled: the norm, clipping, AdamW and the average."""
+    state, split = session.state, session.parts.plan.products
+    first = torch.zeros_like(state.get("half", state["weights"])[:split])
+    rest = torch.zeros_like(state["weights"][split:])
+    compiled = lowering.compiled(_updated)
+    return lambda: compiled(state, first, rest)
+
+
+def _updated(state: dict[str, Tensor], first: Tensor, rest: Tensor) -> None:
+    gradient = torch.cat([first.float(), rest])
+    count = state["updates"] + 1.0
+    clipped = update.clipped(gradient, gradient.norm(), 1.0)
+    rate = update.learning_rate(count, 1e-4, warmup=0)
+    numbers = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+    update.adamw(state, clipped, count, rate, lambda _: 0.9999, **numbers)
+    state["turn"].add_(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 FAMILIES = {  # the side of a peer's latents; its tiny sizes, and the settings that make ours equal
@@ -16,6 +17,8 @@ FAMILIES = {  # the side of a peer's latents; its tiny sizes, and the settings t
         {"backbone.width": "64", "backbone.depth": "2", "backbone.heads": "1"},
     ),
 }
+Key = tuple[str, str]  # a row as it was asked for, and the label of a contender
+MEMORY = {"unet": (20, 1.6), "dit": (16, 0.5)}  # GB of weights and of a sample, estimated
 TINY = {"train.precision": "fp32", "train.compile": "on"}
 TINY_SIDE, TINY_BATCH = 16, 4
 
@@ -35,18 +38,25 @@ class Contender:
     dream: bool = False
     passes: int = 3
     side: int = 0  # of the latents; 0: the family's
+    update: bool = False  # whether the kernels of the update alone are counted
 
-    def task(self, batch: int, tiny: bool) -> dict[str, object]:
-        """What the process that measures it is told."""
+    def task(self, batch: int, tiny: bool, more: Mapping[str, str]) -> dict[str, object]:
+        """What the process that measures it is told; specs have `more` settings."""
         side, sizes, settings = FAMILIES[self.family]
         named = {k: v for k, v in vars(self).items() if k != "label"}
         told = {**named, "batch": batch, "side": self.side or side, "sizes": {}}
-        told["settings"] = {**dict(self.settings), "data.batch": str(batch)}
+        told["settings"] = {**dict(self.settings), "data.batch": str(batch), **more}
         told["precision"] = "bf16"
         if tiny:
             told |= {"side": TINY_SIDE, "sizes": sizes, "precision": "fp32"}
-            told["settings"] |= {**settings, **TINY}
+            told["settings"] = {**told["settings"], **settings, **TINY, **more}
         return told
+
+    def memory(self, batch: int) -> float:
+        """The GB that it may take: more where a sample has more tokens or more passes."""
+        weights, sample = MEMORY[self.family]
+        tokens = (self.side / FAMILIES[self.family][0]) ** 2 if self.side else 1
+        return weights + sample * batch * tokens * self.passes / 3
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Row:
 
 PLAIN, DREAM, BARE = "ours", "ours, DREAM", "ours, network and update alone"
 EAGER, COMPILED, LAST = "(a) eager", "(b) compiled", "(b) compiled, channels-last"
+OWN, FLOW, MATH = "(b) own network compiled", "ours, MeanFlow", "ours, math attention"
 
 SD15 = Contender(PLAIN, "unet", spec="sd15")
 UNETS = (
@@ -76,13 +87,13 @@ GRAPHS = Contender("(b) reduce-overhead", "unet", network="unet", form="reduce-o
 DITS = (
     Contender(EAGER, "dit", network="dit", form="eager"),
     Contender(COMPILED, "dit", network="dit", form="compiled"),
-    Contender("(b) own network compiled", "dit", network="own_dit", form="compiled"),
+    Contender(OWN, "dit", network="own_dit", form="compiled"),
 )
 ROWS = {
     "sd15": Row(
         "SD1.5 UNet",
         16,
-        (*UNETS, SD15, Contender(BARE, "unet", spec="bare")),
+        (*UNETS, SD15, Contender(BARE, "unet", spec="bare", update=True)),
         faster=(PLAIN, COMPILED, LAST),
         around=(PLAIN, BARE),
     ),
@@ -90,8 +101,13 @@ ROWS = {
     "dit": Row(
         "DiT-XL/2",
         64,
-        (*DITS, Contender(PLAIN, "dit", spec="dit")),
-        faster=(PLAIN, COMPILED, "(b) own network compiled"),
+        (
+            *DITS,
+            Contender(PLAIN, "dit", spec="dit"),
+            Contender(BARE, "dit", spec="bare_dit", update=True),
+        ),
+        faster=(PLAIN, COMPILED, OWN),
+        around=(PLAIN, BARE),
     ),
     "dream": Row(
         "DREAM",
@@ -109,16 +125,16 @@ ROWS = {
         64,
         (
             Contender(PLAIN, "dit", spec="sit"),
-            Contender("ours, MeanFlow", "dit", spec="mean_flow", passes=4),
+            Contender(FLOW, "dit", spec="mean_flow", passes=4),
         ),
-        costs=(("ours, MeanFlow", PLAIN),),
+        costs=((FLOW, PLAIN),),
     ),
     "sct": Row(
         "sCT, 1,024 tokens",
         16,
         (
             Contender(
-                "ours, math attention",
+                MATH,
                 "dit",
                 spec="sct",
                 settings=(("backbone.attention", "math"),),
@@ -127,6 +143,28 @@ ROWS = {
             ),
             Contender(PLAIN, "dit", spec="sct", passes=4, side=64),
         ),
-        faster=(PLAIN, "ours, math attention"),
+        faster=(PLAIN, MATH),
     ),
 }
+
+WHOLE = ("sd15", "small", "dit", "dit:96", "dit:128", "dream", "mean_flow", "sct")  # the table
+WANTED = (  # what is measured first, where the time may not be enough for everything
+    ("sd15", COMPILED),
+    ("sd15", PLAIN),
+    ("small", COMPILED),
+    ("small", PLAIN),
+    ("dit", COMPILED),
+    ("dit", PLAIN),
+    ("dream", DREAM),
+    ("mean_flow", PLAIN),
+    ("mean_flow", FLOW),
+    ("sd15", BARE),
+    ("sct", PLAIN),
+    ("sct", MATH),
+)
+
+
+def rank(key: Key) -> tuple[int, bool]:
+    """How soon a contender of a row is measured: what is wanted, then what need not be compiled."""
+    place = WANTED.index(key) if key in WANTED else len(WANTED)
+    return place, not key[1].startswith("(a)")

@@ -1,0 +1,190 @@
+"""Work on GPUs, each piece in a process of its own, as many side by side as there is room for.
+
+Compiling takes minutes of a processor and hardly a GPU; measuring takes seconds, and the GPU alone.
+So a process that is about to measure stops itself (`gauge.alone`). Its turn is when nobody else
+measures on that GPU: the others are stopped, it goes on, and they go on when it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TURN = "BENCH_TURN"  # names the file that appears when it is a process's turn
+SETTLED = 1.0  # seconds in which a GPU finishes what a stopped process had asked of it
+SPARE = 4.0  # GB of a GPU that nobody plans with
+LATE = "not done when the time was up"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One process: what Python is told, where it writes its result and what it says, the GB that it
+    may take of a GPU."""
+
+    command: tuple[str, ...]
+    result: Path
+    memory: float = 0.0
+
+    @property
+    def log(self) -> Path:
+        return self.result.with_suffix(".log")
+
+    @property
+    def turn(self) -> Path:
+        return self.result.with_suffix(".turn")
+
+
+@dataclass(eq=False)
+class Running:
+    """A work that has begun, what follows it on the same GPU, and when it was made to wait."""
+
+    work: Work
+    rest: list[Work]
+    gpu: str
+    process: subprocess.Popen
+    pauses: list[list[float]] = field(default_factory=list)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it has stopped itself."""
+        options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.process.pid, options) is not None
+
+    def pause(self) -> None:
+        self.pauses.append([time.monotonic(), float("inf")])
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.pauses[-1][1] = time.monotonic()
+        self.process.send_signal(signal.SIGCONT)
+
+    def waited(self, start: float, end: float) -> float:
+        """Seconds from `start` to `end` in which it was made to wait."""
+        return sum(max(0.0, min(b, end) - max(a, start)) for a, b in self.pauses)
+
+
+Told = Callable[[Running, str], None]  # what is done with a work that ended, and its error if any
+
+
+class Crew:
+    """GPUs that take the next piece of work, a list of works one after the other, when they have
+    room; at most `together` pieces each."""
+
+    def __init__(self, gpus: Sequence[str], together: int, limit: float, told: Told):
+        self.gpus, self.together, self.told = gpus, together, told
+        self.end = time.monotonic() + limit
+        self.room = {gpu: size(gpu) - SPARE for gpu in gpus}
+        self.running: list[Running] = []
+        self.holders: dict[str, tuple[Running, list[Running]]] = {}  # and who waits for them
+
+    def run(self, pieces: Sequence[Sequence[Work]]) -> None:
+        """Until everything ended or the time is up."""
+        waiting = [list(piece) for piece in pieces]
+        while (waiting or self.running) and time.monotonic() < self.end:
+            self._collect()
+            self._grant()
+            while started := self._start(waiting):
+                waiting.remove(started)
+            time.sleep(0.05)
+        for one in self.running:
+            one.process.kill()
+            one.process.wait()
+            self.told(one, LATE)
+        self.running.clear()
+
+    def stop(self, *_) -> None:
+        """The time is up, as a handler of signals says it."""
+        self.end = 0.0
+
+    def _collect(self) -> None:
+        """Takes leave of processes that ended; what waited for them goes on."""
+        for one in [r for r in self.running if r.process.poll() is not None]:
+            self.running.remove(one)
+            holder, others = self.holders.get(one.gpu, (None, []))
+            if holder is one:
+                del self.holders[one.gpu]
+                for other in others:
+                    other.resume()
+            self.told(one, last_line(one.work.log) if one.process.returncode else "")
+            if one.rest:
+                self._begin(one.rest, one.gpu)
+
+    def _grant(self) -> None:
+        """Gives every GPU that nobody measures on to one that asks."""
+        asking = {r.gpu: r for r in reversed(self.running) if r.gpu not in self.holders and r.asks}
+        for gpu, holder in asking.items():
+            others = [r for r in self.running if r.gpu == gpu and not r.asks]
+            for other in others:
+                other.pause()
+            time.sleep(SETTLED * bool(others))
+            self.holders[gpu] = holder, others
+            holder.work.turn.touch()
+            holder.process.send_signal(signal.SIGCONT)
+
+    def _start(self, waiting: Sequence[list[Work]]) -> list[Work] | None:
+        """Begins the first piece that some GPU has room for, and returns it."""
+        for piece in waiting:
+            gpu = next((gpu for gpu in self._quiet() if self._fits(gpu, piece)), None)
+            if gpu is not None:
+                self._begin(piece, gpu)
+                return piece
+        return None
+
+    def _quiet(self) -> Iterator[str]:
+        """GPUs that nobody measures on, those with the least to do first."""
+        free = [gpu for gpu in self.gpus if gpu not in self.holders]
+        yield from sorted(free, key=lambda gpu: len(self._on(gpu)))
+
+    def _on(self, gpu: str) -> list[Running]:
+        return [r for r in self.running if r.gpu == gpu]
+
+    def _fits(self, gpu: str, piece: Sequence[Work]) -> bool:
+        there, most = self._on(gpu), max(work.memory for work in piece)
+        taken = sum(r.work.memory for r in there)
+        return not there or (len(there) < self.together and taken + most <= self.room[gpu])
+
+    def _begin(self, piece: Sequence[Work], gpu: str) -> None:
+        work, *rest = piece
+        with work.log.open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, *work.command],
+                env=self._surroundings(gpu, work),
+                stdout=out,
+                stderr=out,
+            )
+        self.running.append(Running(work, rest, gpu, process))
+
+    def _surroundings(self, gpu: str, work: Work) -> dict[str, str]:
+        """One GPU, this checkout, and a share of the cores for compiling."""
+        paths = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        shares = len(self.gpus) * self.together
+        return {
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, (os.cpu_count() or 1) // shares)),
+            **os.environ,
+            TURN: str(work.turn),
+            "PYTHONPATH": os.pathsep.join(p for p in paths if p),
+            "CUDA_VISIBLE_DEVICES": gpu,
+            "TEARDOWN_CUPTI": "0",  # else a profile and a CUDA graph meet badly
+        }
+
+
+def size(gpu: str) -> float:
+    """The GB of a GPU; without one there is no end of room."""
+    query = ["--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(["nvidia-smi", f"--id={gpu}", *query], capture_output=True)
+    except FileNotFoundError:
+        return float("inf")
+    return float(told.stdout) * 2**20 / 1e9 if told.returncode == 0 else float("inf")
+
+
+def last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+    return lines[-1][:160] if lines else "it said nothing"

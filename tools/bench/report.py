@@ -1,0 +1,157 @@
+"""The table of what was measured, and what follows from it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+
+from bench.rows import Key, Row
+
+KINDS = {  # of kernels, by what their names say; the first that fits
+    "attention": r"flash|fmha|sdpa|attention|attn",
+    "convolutions": r"conv|fprop|dgrad|wgrad|nhwc|nchw",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|splitK|matmul|_mm_",
+    "fused reductions": r"^triton_(red|per)",
+    "fused element by element": r"^triton_poi",
+}
+NOISE = "_words"  # the kernel that draws
+HEAD = "row | batch | how | img/s | share | memory GB | first s | kernels | outside | recompiled"
+
+
+def table(rows: Mapping[str, Row], results: Mapping[Key, dict], changes: Sequence[str]) -> str:
+    """The table, and what follows from it."""
+    fine = [found for found in results.values() if "error" not in found]
+    where = sorted({f"{f['device']}, torch {f['torch']}" for f in fine})
+    where += [f"ours with {' '.join(changes)}"] * bool(changes)
+    lines = [f"{date.today()}, {'; '.join(where)}", "", f"| {HEAD} |", "|---" * 10 + "|"]
+    said = []
+    for name, row in rows.items():
+        found = {
+            c.label: results.get((name, c.label), {"error": "not run"}) for c in row.contenders
+        }
+        measured = {label: one for label, one in found.items() if "error" not in one}
+        beyond(row, measured)
+        lines += [line(row, label, one) for label, one in found.items()]
+        said += [f"- {row.title}, batch {row.batch}: {s}" for s in sentences(row, measured)]
+    said += list(best(rows, results))
+    rates = sorted(f["matmul"] / 1e12 for f in fine)
+    if rates:
+        said.append(f"- matrix products: {rates[0]:.3g} to {rates[-1]:.3g} TFLOP/s")
+    return "\n".join([*lines, "", *said])
+
+
+def line(row: Row, label: str, found: Mapping) -> str:
+    """One contender's line of the table."""
+    start = f"| {row.title} | {row.batch} | {label} |"
+    if "error" in found:
+        return f"{start} {found['error']} |" + " |" * 6
+    held = " / ".join(f"{found[k]:.1f}" for k in ("allocated", "reserved") if k in found)
+    hit = " cached" * any("fxgraph_cache_hit" in name for name in found["hits"])
+    cells = [
+        f"{row.batch / found['seconds']:.1f}",
+        f"{found['share']:.1%}",
+        held,
+        f"{found['first']:.1f}{hit}",
+        str(launched(found) or "-"),
+        str(found.get("outside") or "-"),
+        str(found["recompiled"]),
+    ]
+    return f"{start} {' | '.join(cells)} |"
+
+
+def beyond(row: Row, found: Mapping[str, dict]) -> None:
+    """Counts our kernels outside the network: what the objective adds, and the update."""
+    if row.around and all(label in found for label in row.around):
+        whole, bare = (found[label] for label in row.around)
+        if bare.get("update"):
+            bare["outside"] = bare["update"]
+            whole["outside"] = launched(whole) - launched(bare) + bare["update"]
+
+
+def launched(found: Mapping) -> int:
+    """The kernels of a step."""
+    return sum(count for count, _ in found["kernels"].values())
+
+
+def sentences(row: Row, found: Mapping[str, Mapping]) -> Iterator[str]:
+    """What the row was measured for, as far as its contenders were."""
+    bars = [label for label in row.faster[1:] if label in found]
+    if bars and row.faster[0] in found:
+        bar = min(bars, key=lambda label: found[label]["seconds"])
+        yield ratio(found, bar, row.faster[0], "{1} is {2:.2f} times as fast as {0}")
+    for costly, plain in row.costs:
+        if costly in found and plain in found:
+            yield ratio(found, costly, plain, "a step of {0} takes {2:.2f} times one of {1}")
+    if row.around and all(label in found for label in row.around):
+        yield around(*(found[label] for label in row.around))
+    for label, one in found.items():
+        if one["kernels"]:
+            yield f"{label} spends {kinds(one['kernels'])}"
+
+
+def ratio(found: Mapping[str, Mapping], slow: str, fast: str, words: str) -> str:
+    """How much longer one takes than the other; two GPUs are not quite alike."""
+    a, b = found[slow], found[fast]
+    other = "" if a.get("gpu") == b.get("gpu") else ", each on another GPU"
+    return words.format(slow, fast, a["seconds"] / b["seconds"]) + other
+
+
+def around(whole: Mapping, bare: Mapping) -> str:
+    """What an objective adds to its network and update: time and kernels."""
+    share = 1 - bare["seconds"] / whole["seconds"]
+    here, there = (plain_names(found["kernels"]) for found in (whole, bare))
+    count, noise = sum(here.values()) - sum(there.values()), here[NOISE] - there[NOISE]
+    listed = "; ".join(f"{n} {name}" for name, n in (here - there).most_common())
+    gone = "; ".join(f"{n} {name}" for name, n in (there - here).most_common())
+    changed = f" (more: {listed or 'none'}; fewer: {gone or 'none'})" if here else ""
+    drawn = f", {noise} of them draws" if here else ""
+    return f"the objective takes {share:.1%} of the step and {count} kernels{drawn}{changed}"
+
+
+def best(rows: Mapping[str, Row], results: Mapping[Key, Mapping]) -> Iterator[str]:
+    """Where a network was measured at several batches: the best of ours, and of the bars."""
+    alike: dict[str, list[tuple[str, Row]]] = {}
+    for name, row in rows.items():
+        alike.setdefault(name.partition(":")[0], []).append((name, row))
+    for several in (rows for rows in alike.values() if len(rows) > 1):
+        ours, *bars = several[0][1].faster
+        tops = [top(several, results, labels) for labels in ([ours], bars)]
+        if all(tops):
+            (rate, batch, _), (bar, at, label) = tops
+            yield (
+                f"- {several[0][1].title} at its best batch: {ours} {rate:.1f} img/s at {batch},"
+                f" {label} {bar:.1f} at {at}: {rate / bar:.2f} times as fast"
+            )
+
+
+def top(
+    several: Sequence[tuple[str, Row]], results: Mapping[Key, Mapping], labels: Sequence[str]
+) -> tuple[float, int, str] | None:
+    """The highest rate in img/s, at which batch and whose."""
+    keys = [(name, row.batch, label) for name, row in several for label in labels]
+    found = [(results.get((name, label), {}), batch, label) for name, batch, label in keys]
+    rates = [
+        (batch / one["seconds"], batch, label) for one, batch, label in found if "seconds" in one
+    ]
+    return max(rates, default=None)
+
+
+def plain_names(kernels: Mapping[str, Sequence]) -> Counter[str]:
+    """How often each kernel is launched, without the running numbers of their names."""
+    found: Counter[str] = Counter()
+    for name, (times, _) in kernels.items():
+        found[re.sub(r"_\d+(?=$|_)", "", name)] += times
+    return found
+
+
+def kinds(kernels: Mapping[str, Sequence]) -> str:
+    """Which share of the time in kernels each kind takes."""
+    spent: Counter[str] = Counter()
+    for name, (_, microseconds) in kernels.items():
+        kind = next((k for k, pattern in KINDS.items() if re.search(pattern, name)), "others")
+        spent[kind] += microseconds
+    total = sum(spent.values())
+    shares = ", ".join(f"{kind} {part / total:.1%}" for kind, part in spent.most_common())
+    return f"{total / 1000:.1f} ms in kernels: {shares}"
