@@ -8,13 +8,14 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from difftrain.cli import main
 from difftrain.compiler.executable import unpack
 from difftrain.sampling.pictures import write_pngs
 from difftrain.training.folder import FolderError
 from difftrain.training.outputs import places
-from difftrain.training.writing import write_arrays
+from difftrain.training.writing import SHOWN, write, write_arrays
 
 
 @pytest.fixture
@@ -163,6 +164,30 @@ def test_arrays_are_not_written_over_the_data_of_the_same_name(tmp_path, monkeyp
     assert (tmp_path / "tiny.npz").read_bytes() == data
     with np.load("tiny-samples.npz") as file:
         assert file["x"].shape == (2, 1, 4) and json.loads(str(file["settings"]))["step"] == 1
+
+
+@pytest.mark.parametrize("save", [None, "all.npz"])
+def test_pictures_are_written_as_they_come(home, save):
+    """What is held of five batches: the first two, for the grid, and the one before the next."""
+    made: list[StorageWeakRef] = []
+
+    def batches():
+        for k in range(5):
+            assert sum(not old.expired() for old in made) == min(k, 3)
+            pixels = torch.full((40, 4, 4, 3), k, dtype=torch.uint8)
+            made.append(StorageWeakRef(pixels.untyped_storage()))
+            yield pixels
+
+    place = home / (save or "some-pictures")
+    write(batches(), {"graph": "0"}, ["a"] * 200, home / "some.png", place)
+    if save:
+        with np.load(place) as file:
+            assert file["pictures"].shape == (200, 3, 4, 4) and len(file["captions"]) == 200
+            assert file["pictures"][:, 0, 0, 0].tolist() == [k for k in range(5) for _ in range(40)]
+    else:
+        assert [p.name for p in sorted(place.iterdir())] == [f"{i:04d}.png" for i in range(200)]
+    shown = json.loads(Image.open(home / "some.png").text["prompts"])
+    assert len(shown) == SHOWN == 64
 
 
 NET = """\

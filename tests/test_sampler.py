@@ -286,6 +286,26 @@ def test_pictures_are_the_same_in_any_company(monkeypatch):
     torch.testing.assert_close(drawn(64, prompts[:2]), whole[:2], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("solver", "expected"),
+    [
+        ("euler(steps = 4)", [1, 0.9, 0.75, 0.5, 0]),
+        ("euler(steps = 4, shift = 1)", [1, 0.75, 0.5, 0.25, 0]),
+    ],
+)
+def test_times_are_shifted_as_they_were_trained(solver, expected):
+    text = tiny.spec(
+        more="  t' = shift(t, 3)\n", backbone=tiny.BACKBONE[:-1] + ", time_scale = 1000)"
+    )
+    text = text.replace("ddpm(beta = scaled_linear(0.00085, 0.012))", "linear")
+    text = text.replace("v_prediction", "flow").replace("ddim(steps = 2)", solver)
+    bundle = compile_text("tiny", text)
+    made = evaluate.programs(bundle, "cpu")
+    levels = evaluate.Levels(made.levels.compute, made.tables["levels"])
+    walked = evaluate.times(bundle, block(bundle.read(), "sample")["solver"], levels, (4, 8, 8))
+    assert walked.tolist() == pytest.approx(expected)
+
+
 # ---- inputs of the network beside xt and t
 
 SELF = "process = linear\nprediction_type = sample\nstrategy = self_condition(0.5)"

@@ -1,6 +1,7 @@
 """Samples of finished runs: what `sample` takes, writes and remembers, and models that guide."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -111,6 +112,28 @@ def test_a_slip_is_a_finding(capsys, asked, says):
     assert says in capsys.readouterr().err
 
 
+def test_what_the_settings_make_doubtful_is_told_before_drawing(capsys):
+    asked = ["--guidance", "1", "--set", "sample.guidance_rescale=0.5", "--steps", "1", "-n", "1"]
+    sampled(*asked)
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "warning[DIF314]: `guidance_rescale` changes nothing here\n"
+        " --> --set sample.guidance_rescale:1:20\n"
+        "  |\n"
+        "1 | guidance_rescale = 0.5\n"
+        "  |                    ^^^\n"
+        "  = because: guidance is 1, which is none\n"
+        "  = help: leave it out, or set `guidance`          (difftrain explain DIF314)\n"
+    )
+    sampled("--steps", "1", "-n", "1")
+    assert "DIF" not in capsys.readouterr().err
+
+
+def test_one_bar_counts_the_pictures(capsys):
+    sampled("-n", "3", "--steps", "1")
+    assert re.search(r"100%.*\b3/3 \[.*picture", capsys.readouterr().err)
+
+
 # ---- guidance
 
 
@@ -175,6 +198,20 @@ def test_grids_change_nothing_of_the_training(home):
         for run in ("every0", "every1")
     )
     assert all(torch.equal(none[name], each[name]) for name in none)
+
+
+def test_a_grid_of_training_shows_the_averaged_weights(home):
+    """It is what `sample` draws of the checkpoint, whose live weights are others."""
+    assert main(["sample", "runs/tiny", "-o", "all.png"]) == 0
+    grid = home / "runs/tiny/samples/step-000000004.png"
+    assert (home / "all.png").read_bytes() == grid.read_bytes()
+    bundle, checkpoint = open_run("runs/tiny")
+    model = samples.open_model(bundle, bundle.read().objective(), checkpoint, 64)
+    kept, moved = load_file(checkpoint), 0
+    for name, weight in model.parts.plan.named(model.weights).items():
+        assert torch.equal(weight.cpu(), kept[f"average/{name}"])
+        moved += not torch.equal(kept[f"average/{name}"], kept[f"weights/{name}"])
+    assert moved
 
 
 def test_drawing_touches_no_state():

@@ -163,7 +163,13 @@ def test_mistakes_point_at_the_setting(path, value, code, at):
 
 @pytest.mark.parametrize(
     ("path", "meant"),
-    [("gama", "gamma"), ("steps", "train.steps"), ("train.stepz", "train.steps")],
+    [
+        ("gama", "gamma"),
+        ("steps", "train.steps"),
+        ("train.stepz", "train.steps"),
+        ("onnx.precision", "export.onnx.precision"),
+        ("tensorrt.refitt", "export.tensorrt.refit"),
+    ],
 )
 def test_did_you_mean(path, meant):
     _, (finding,) = read(path, 3)

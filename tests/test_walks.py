@@ -8,6 +8,7 @@ import pytest
 
 from difftrain.cli import main
 from difftrain.language.check import check
+from difftrain.language.explain import explain
 from difftrain.language.names import standard
 from difftrain.language.scope import formals
 from difftrain.language.tree import Source
@@ -150,6 +151,30 @@ def test_what_is_wrong_is_one_sentence(own, capsys, solver, says):
     own(solver)
     assert main(["train"]) == 2
     assert capsys.readouterr().err.strip().split("\n")[-1] == f"error: {says}"
+
+
+@pytest.mark.parametrize(
+    ("block", "origin"),
+    [
+        (
+            'solver mine from euler { module = "walker:go" }',
+            "; `mine` is the function `go` of the Python module `walker`",
+        ),
+        (
+            "solver mine from euler { module = wandering }",
+            "; `mine` is what an installed package calls `wandering`",
+        ),
+        ("solver mine from euler { }", "; `mine` is made from `euler`"),
+    ],
+)
+def test_a_page_says_where_a_solver_comes_from(block, origin):
+    text = f"diff 1\n{block}\nobjective o {{\n  process = linear\n  prediction_type = flow\n"
+    text += "  backbone = custom\n}\nsample { solver = mine(steps = 3) }\n"
+    last = " ".join(explain(check(Source("a.diff", text))[0]).split("  sample: ")[1].split())
+    assert last == (
+        "mine(steps = 3, grid = auto, shift = auto, low = 0.002, high = 80, rho = 7), no guidance"
+        + origin
+    )
 
 
 def test_each_solver_of_the_library_takes_its_options():

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from zipfile import BadZipFile
 
+from difftrain.commands.console import complain
 from difftrain.commands.failure import CLEAN, USAGE, Failure
 from difftrain.commands.paths import one_spec, read, settings
 
@@ -103,6 +104,7 @@ def sample(args: Namespace) -> int:
         weights=args.weights,
         tell=print if args.score or args.fid else None,
         inception=args.fid or "",
+        doubt=complain,
     )
     print(path)
     return CLEAN

@@ -14,9 +14,10 @@ from tqdm import tqdm
 import difftrain
 from difftrain.compiler import lowering
 from difftrain.compiler.texts import versions
+from difftrain.language.finding import Finding
 from difftrain.language.options import Run
 from difftrain.language.part import Part, written
-from difftrain.language.spec import Objective
+from difftrain.language.spec import Objective, Spec
 from difftrain.sampling import grids
 from difftrain.sampling.model import Levels
 from difftrain.sampling.pictures import to_bytes
@@ -45,14 +46,17 @@ def sample(
     weights: str | None = None,
     tell: Callable[[str], object] | None = None,
     inception: str = "",
+    doubt: Callable[[list[Finding]], object] = lambda found: None,
 ) -> Path:
     """What is drawn from the averaged weights of a run, or of a checkpoint in it, or of the file
     `weights`: a grid of pictures, or the arrays. Each picture also lies in a folder beside the
     grid, or all of them in the file that `save` names; a grid has the first. `tell` is for a table
-    of scores, and `inception` a file of weights for one of them."""
+    of scores, `inception` a file of weights for one of them, and `doubt` for what the settings make
+    doubtful."""
     bundle, checkpoint = open_run(run)
     checkpoint = file_of(weights) if weights else checkpoint
     spec = bundle.read(settings, ("sample", "data"))
+    doubt(_doubts(spec, bundle.read()))
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
     fits(bundle, options["solver"])
     guiding(bundle, options)
@@ -74,6 +78,12 @@ def sample(
         shown = signed(torch.cat(kept).permute(0, 3, 1, 2))
         tell(scores.table(shown, texts, data, read, inception))
     return path
+
+
+def _doubts(spec: Spec, plain: Spec) -> list[Finding]:
+    """What is found of a spec with settings, and was not without them."""
+    before = {(f.code, f.message, f.place) for f in plain.findings}
+    return [f for f in spec.findings if (f.code, f.message, f.place) not in before]
 
 
 def file_of(weights: str) -> Path:
