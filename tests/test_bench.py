@@ -191,3 +191,57 @@ def test_the_update_alone_is_that_of_a_step(tool):
             ours.updating(session)()
         moved = {n for n, v in session.state.items() if not torch.equal(v, before[n])}
     assert {"weights", "half", "average", "updates", "turn"} <= moved
+
+
+# ---- long runs
+
+
+def test_a_watched_run_is_a_run(tool, tmp_path, monkeypatch):
+    """Its steps are told as they come; checkpoints and samples are made as ever."""
+    watched, told = tool("bench.watched"), []
+    monkeypatch.chdir(tmp_path)
+    settings = SMALL | {"train.log_every": "1", "sample.count": "1", "sample.solver.steps": "1"}
+    spec = str(TOOLS / "bench" / "dit.diff")
+    with watched.watching(2, told.append):
+        watched.trained({"spec": spec, "settings": settings, "steps": 4, "side": 8, "rows": 4})
+    assert [line["step"] for line in told] == [1, 2, 3, 4]
+    assert [line["step"] for line in told if "held" in line] == [2, 4]
+    assert all(math.isfinite(line["loss"]) for line in told)
+    assert list(Path("run/checkpoints").glob("step-000000004.*")) and Path("run/samples").is_dir()
+
+
+def test_a_window_s_error_is_that_of_its_mean(tool):
+    """Of noise around a curve that falls far more than it scatters."""
+    curves = tool("bench.curves")
+    noise = torch.randn(400, 100, generator=torch.Generator().manual_seed(0)).double().numpy()
+    error = curves.standard_error(noise + torch.linspace(10, 0, 100).double().numpy())
+    assert abs(error.mean() - noise.mean(1).std()) < 0.01
+    few = curves.windows([3.0, 1.0, 2.0, 2.0, 9.0], [1.0, 1.0, 2.0, 0.0], 2)
+    assert [(w.first, w.last, w.means, w.difference) for w in few] == [
+        (1, 2, (2.0, 1.0), 1.0),
+        (3, 4, (2.0, 1.0), 1.0),
+    ]
+
+
+def test_the_report_of_long_runs(tool, tmp_path):
+    long, curves = tool("bench_long"), tool("bench.curves")
+    fast = [1.0, 0.8, 0.7, 0.5, 0.4, 0.4]
+    losses = {"fast": fast, "plain": [1.0, 0.9, 0.5, 0.5]}
+    machine = {"device": "a GPU", "torch": "2.11"}
+    looks = [{"held": {"allocated": a, "reserved": 9.0}, "compiled": 1} for a in (5, 5.5, 5.5)]
+    looks = [one | {"most": {"allocated": 8.0, "reserved": 9.0}} for one in looks]
+    steps = [{"step": n + 1, "loss": loss} for n, loss in enumerate(fast)]
+    lines = [one | looks[n // 2] if n % 2 else one for n, one in enumerate(steps)]
+    said = long.report({"fast": [machine, *lines], "plain": [machine]}, losses, 2)
+    assert "| 1 to 2 | 0.9000 | 0.9500 | -0.05000 | 0.10000 |" in said
+    assert "The largest difference of two means is +0.10000, in steps 3 to 4" in said
+    row = "| fast | 6 | 1 | 0 | 5.000 / 9.000 at 2 | 5.500 / 9.000 at 6 | 8.000 / 9.000 | 4 |"
+    assert row in said and "| plain | 0 | | | | | | |" in said
+    curves.drawn(losses, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_long_run_that_does_not_exist_is_told():
+    command = [sys.executable, str(TOOLS / "bench_long.py"), "--runs", "sd16"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1 and "there is no run `sd16`: use one of fast" in ended.stderr

@@ -69,8 +69,8 @@ def forward(session: Session, batch: int) -> Callable[[], object]:
 def updating(session: Session) -> Callable[[], None]:
     """What a step does with its gradient, compiled: the norm, clipping, AdamW and the average."""
     state, split = session.state, session.parts.plan.products
-    first = torch.zeros_like(state.get("half", state["weights"])[:split])
-    rest = torch.zeros_like(state["weights"][split:])
+    first = torch.ones_like(state.get("half", state["weights"])[:split])
+    rest = torch.ones_like(state["weights"][split:])
     compiled = lowering.compiled(_updated)
     return lambda: compiled(state, first, rest)
 
