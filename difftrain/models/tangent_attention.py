@@ -36,9 +36,12 @@ def plain_because(q: Tensor, v: Tensor) -> str:
     return "" if _able() else "the kernel needs Triton and a GPU of compute capability 8.0"
 
 
-@torch.compiler.assume_constant_result
 def _able() -> bool:
     return find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+# what torch.compiler.assume_constant_result does, which loads all of the compiler to do it
+_able._dynamo_marked_constant = True
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
