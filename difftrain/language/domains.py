@@ -15,6 +15,9 @@ from difftrain.language.tree import (
     Quantity,
 )
 
+COUNTED = ("batch", "count", "keep", "seed", "size", "steps", "warmup")  # options, beside:
+COUNTED += ("log_every", "sample_every", "save_every", "snapshots_every")
+
 
 def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> None:
     """A finding where the value is outside what the parameter may be; of a range, either end."""
@@ -34,6 +37,10 @@ def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> Non
             hint = f"write `{close}`" if close else f"it may be {listed}"
             text = f"`{formal.name}` cannot be `{expr.span.text}`"
             found.append(Finding("DIF131", text, Label(expr.span), help=hint))
+    elif formal.name in COUNTED and isinstance(value, float):
+        text = f"`{formal.name}` is a whole number, and `{expr.span.text}` is none"
+        hint = f"write a whole number in {domain.span.text}"
+        found.append(Finding("DIF124", text, Label(expr.span), help=hint))
     elif isinstance(domain, Interval) and isinstance(value, (int, float)):
         low, high = (plain(e) for e in (domain.low, domain.high))
         if None not in (low, high) and low <= high and not low <= value <= high:

@@ -12,11 +12,12 @@ from difftrain.language.names import TARGETS, Names, standard
 from difftrain.language.nearest import nearest
 from difftrain.language.scope import Equations, Scope
 from difftrain.language.term import Term
-from difftrain.language.tree import Block, Define, Expr, Formal, ListOf, Quantity, Span
+from difftrain.language.tree import Block, Define, Expr, Formal, ListOf, Name, Quantity, Span, Text
 from difftrain.language.values import read_option
 from difftrain.language.worlds import HERE, Frame, Problem
 
 FUNCTIONS_OF_STEP = ("ema",)  # options that are an expression in `step`, or a list of them
+LISTS_OF_TEXTS = ("prompts",)
 MULTIPLIERS = ("k", "M", "G")
 
 
@@ -110,7 +111,28 @@ def _read(name: str, expr: Expr, scope: Scope, formal: Formal, found: list[Findi
         return tuple(_function_of_step(item, scope, found) for item in expr.items)
     if name in FUNCTIONS_OF_STEP:
         return _function_of_step(expr, scope, found)
+    if (name in LISTS_OF_TEXTS and not _texts(expr)) or _no_text(expr, formal):
+        found.append(_not_text(expr, formal))
+        return None
     return read_option(formal, expr, scope, Equations(), found)
+
+
+def _texts(expr: Expr) -> bool:
+    """Whether an expression is a list of texts, or of names of some."""
+    return isinstance(expr, ListOf) and all(isinstance(i, (Text, Name)) for i in expr.items)
+
+
+def _no_text(expr: Expr, formal: Formal) -> bool:
+    return isinstance(formal.default, Text) and not isinstance(expr, (Text, Name))
+
+
+def _not_text(expr: Expr, formal: Formal) -> Finding:
+    items = expr.items if isinstance(expr, ListOf) else (expr,)
+    form = ", ".join('"' + item.span.text.strip('"') + '"' for item in items)
+    listed = formal.name in LISTS_OF_TEXTS
+    form, what = (f"[{form}]", "a list of texts") if listed else (form, "a text")
+    text = f"`{formal.name}` is {what}, and `{expr.span.text}` is none"
+    return Finding("DIF124", text, Label(expr.span), help=f"write `{formal.name} = {form}`")
 
 
 def _function_of_step(expr: Expr, scope: Scope, found: list[Finding]):

@@ -93,7 +93,7 @@ def guidance(case: Case, found: list[Finding]) -> None:
         return
     if run:
         found += _ways(case, run, scale, inside)
-    if inside or scale in (None, 1) or run["guide"]:
+    if inside or scale in (None, 1) or run["guide"] != "":
         return
     if blind := _unconditional(case):
         found.append(_nothing_to_guide(run, scale, blind))

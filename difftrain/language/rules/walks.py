@@ -114,8 +114,15 @@ def options(case: Case, found: list[Finding]) -> None:
         at = Label(_place(case, run, told.option))
         found.append(Finding("DIF316", told.message, at, help=told.hint))
         return
-    if walked := _walked(case, law, part):
-        found += _missed(case, run, definition, walked)
+    if not (walked := _walked(case, law, part)):
+        return
+    if walked[0] >= walked[1]:
+        ends = " and ".join(f"`{n} = {shown(part.options[n])}`" for n in ("low", "high"))
+        text = f"this process has no sigma / alpha between {ends}"
+        at, hint = Label(_place(case, run, "low", "high")), "choose levels that it has"
+        found.append(Finding("DIF316", text, at, help=f"{hint}, or leave them out"))
+        return
+    found += _missed(case, run, definition, walked)
 
 
 def _missed(case: Case, run: Run, definition: Definition, walked: Ends) -> Iterator[Finding]:
