@@ -68,17 +68,28 @@ def rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] in eight bits, each row divided by its scale [M, 1]: the greatest becomes 448."""
     x = x.float()
     greatest = x.abs().amax(dim=1, keepdim=True).clamp(min=LEAST)
-    return (x * (LARGEST / greatest)).to(EIGHT), greatest / LARGEST
+    return (x * (LARGEST / greatest)).to(EIGHT).contiguous(), greatest / LARGEST
 
 
 def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias=None) -> Tensor:
-    """a b' [M, N] in bf16 of a [M, K] and b [N, K] in eight bits, with scales [M, 1] and [N, 1]. A
-    CPU multiplies the same numbers in fp32."""
-    if a.is_cuda:
-        return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), bias, out_dtype=torch.bfloat16)
+    """a b' + bias [M, N] in bf16 of a [M, K] and b [N, K] in eight bits, with scales [M, 1] and
+    [N, 1], all of them contiguous."""
+    return torch.ops.difftrain.eight_product(a, b, scale_a, scale_b, bias)
+
+
+def _on_gpu(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias=None) -> Tensor:
+    return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), bias, out_dtype=torch.bfloat16)
+
+
+def _on_cpu(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias=None) -> Tensor:
+    """The same numbers, multiplied in fp32."""
     with torch.autocast("cpu", enabled=False):
         exact = a.float() @ b.float().t() * scale_a * scale_b.t()
     return (exact if bias is None else exact + bias).to(torch.bfloat16)
+
+
+def _like_product(a: Tensor, b: Tensor, *rest) -> Tensor:
+    return a.new_empty((len(a), len(b)), dtype=torch.bfloat16)
 
 
 def taken(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -88,17 +99,14 @@ def taken(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def pulled(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, of w and of the bias. That of x is of the product as it was taken: the
-    weight's scales go into the rows of the `gradient` [M, N], since this sum runs over them."""
-    small, scale = rows(weight)  # once more: a compiler finds that it was computed
-    across = small.t().contiguous()
-    rest, own = rows(gradient.float() * scale.t())
-    back = product(rest.contiguous(), across, own, torch.ones_like(across[:, :1].float()))
-    return back, gradient.t() @ x, gradient.sum(dim=0)
+    """The gradients of x, of w and of the bias, of the `gradient` [M, N] of what was answered."""
+    (small, own), (across, scale) = rows(gradient), rows(weight.t())
+    return product(small, across, own, scale), gradient.t() @ x, gradient.sum(dim=0)
 
 
-# ---- as an operator: inside `torch.func.grad` torch compiles an autograd.Function to wrong
-# gradients where one of its inputs wants none (2.11, 2.13)
+# ---- as operators. One is differentiated and then seen through: inside `torch.func.grad` torch
+# compiles an autograd.Function to wrong gradients where one of its inputs wants none (2.11, 2.13).
+# The other is the product alone, for which torch's compiler would try many kernels of its own.
 
 
 class _Product(torch.autograd.function._SingleLevelFunction):
@@ -124,11 +132,19 @@ def _at_level(*given: Tensor) -> Tensor:
         return _Product.apply(*given)
 
 
+PRODUCT = "Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias"
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library("difftrain", "FRAGMENT")
     library.define("eight(Tensor x, Tensor weight, Tensor bias) -> Tensor")
     library.impl("eight", taken, "CompositeExplicitAutograd")
     library.impl("eight", _at_level, "Autograd")
+    exact = (torch.Tag.needs_exact_strides,)
+    library.define(f"eight_product({PRODUCT}) -> Tensor", tags=exact)
+    library.impl("eight_product", _on_gpu, "CUDA")
+    library.impl("eight_product", _on_cpu, "CPU")
+    torch.library.register_fake("difftrain::eight_product", _like_product, lib=library)
     return library
 
 
