@@ -59,7 +59,7 @@ def _width(text: str) -> float:
 
 
 def _some(text: str) -> int:
-    """A number of pictures: all of them are held in memory before they are written."""
+    """A number of pictures."""
     number = int(text) if re.fullmatch(r"\d{1,9}", text) else 0
     if not 1 <= number <= MOST:
         raise argparse.ArgumentTypeError(

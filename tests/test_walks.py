@@ -1,5 +1,6 @@
 """Solvers of a user's own: made from ours, a function beside the spec, one of a package."""
 
+import json
 from inspect import signature
 from pathlib import Path
 
@@ -101,6 +102,17 @@ def test_a_function_beside_the_spec_travels_with_the_run(own):
     np.testing.assert_allclose(drawn(), drawn("--set", "sample.solver=ddim(steps = 3)"), atol=1e-6)
     less = drawn("--set", "sample.solver.share=0.5")
     assert np.isfinite(less).all() and abs(less - drawn()).max() > 0.01
+
+
+def test_samples_of_a_solver_of_ones_own_are_made_again_from_what_they_say(own):
+    own(sample="mine(steps = 3, share = 0.5)")
+    assert main(["train"]) == 0
+    first = drawn()
+    with np.load("out.npz") as file:
+        said = json.loads(str(file["settings"]))["solver"]
+    assert said.startswith("mine(steps = 3, share = 0.5, ")
+    np.testing.assert_array_equal(drawn("--set", f"sample.solver={said}"), first)
+    assert abs(drawn("--set", "sample.solver=mine(steps = 3)") - first).max() > 0.01
 
 
 def test_a_package_offers_a_solver(own, tmp_path, monkeypatch):
