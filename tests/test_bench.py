@@ -148,6 +148,9 @@ def test_works_wait_for_room_on_a_gpu(tool, tmp_path, monkeypatch):
     big, small = (crew.Work((), tmp_path / "x", gb) for gb in (50.0, 20.0))
     one.running = [crew.Running(big, [], "0", None), crew.Running(small, [], "1", None)]
     assert not one._fits("0", [big]) and one._fits("0", [small]) and one._fits("1", [small, big])
+    one.places[big.result] = "1"
+    near = crew.Work((), tmp_path / "y", 20.0, beside=big.result)
+    assert not one._fits("0", [near]) and one._fits("1", [near])
     paused = crew.Running(big, [], "0", None, [[1.0, 2.0], [4.0, 9.0]])
     assert paused.waited(1.5, 6.0) == 2.5
 
@@ -164,6 +167,9 @@ def test_what_is_wanted_most_is_measured_first(tool, tmp_path):
     assert len(pieces) == len({*(key for several in keys for key in several)}) - 2
     order = [key for several in keys for key in several if key in rows.WANTED]
     assert [key for key in order if key[0] != "dream"][:6] == list(rows.WANTED[:6])
+    works = {key: work for (work,) in pieces for key in bench.keys[work.result]}
+    ours, bare, last = (works["sd15", label] for label in (rows.PLAIN, rows.BARE, rows.LAST))
+    assert bare.beside == ours.result == works["dream", rows.DREAM].beside and not last.beside
     told = json.loads(Path(pieces[1][0].command[1]).read_text())
     assert told["settings"] == {"data.batch": "16", "train.clip": "0"}
 
@@ -179,7 +185,7 @@ def test_the_best_batch_of_several_is_told(tool):
     }
     said = report.table(asked, results, [])
     assert "ours 640.0 img/s at 128, (b) compiled 492.3 at 64: 1.30 times as fast" in said
-    assert "ours is 1.60 times as fast as (b) compiled, each on another GPU" in said
+    assert "ours is 1.60 times as fast as (b) compiled, on GPUs with 790 and 790 TFLOP/s" in said
 
 
 def test_the_update_alone_is_that_of_a_step(tool):

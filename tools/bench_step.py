@@ -118,7 +118,9 @@ class Bench:
         task, result = place.with_suffix(".task"), place.with_suffix(".json")
         task.write_text(told)
         self.keys[result] = keys
-        return Work((str(ONE), str(task), str(result)), result, memory)
+        near = [(row, self.rows[row].beside(label)) for row, label in keys]
+        beside = next((r for r, others in self.keys.items() if {*near} & {*others}), None)
+        return Work((str(ONE), str(task), str(result)), result, memory, beside)
 
     def _keep(self, running: Running, error: str) -> None:
         """What is written down of a process that ended."""

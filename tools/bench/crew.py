@@ -26,11 +26,12 @@ LATE = "not done when the time was up"
 @dataclass(frozen=True)
 class Work:
     """One process: what Python is told, where it writes its result and what it says, the GB that it
-    may take of a GPU."""
+    may take of a GPU. It runs where the work with the result `beside` does, if that has begun."""
 
     command: tuple[str, ...]
     result: Path
     memory: float = 0.0
+    beside: Path | None = None
 
     @property
     def log(self) -> Path:
@@ -82,6 +83,7 @@ class Crew:
         self.end = time.monotonic() + limit
         self.room = {gpu: size(gpu) - SPARE for gpu in gpus}
         self.running: list[Running] = []
+        self.places: dict[Path | None, str] = {}  # the GPUs of works that began, by their results
         self.holders: dict[str, tuple[Running, list[Running]]] = {}  # and who waits for them
 
     def run(self, pieces: Sequence[Sequence[Work]]) -> None:
@@ -146,12 +148,15 @@ class Crew:
         return [r for r in self.running if r.gpu == gpu]
 
     def _fits(self, gpu: str, piece: Sequence[Work]) -> bool:
+        if any(self.places.get(work.beside, gpu) != gpu for work in piece):
+            return False
         there, most = self._on(gpu), max(work.memory for work in piece)
         taken = sum(r.work.memory for r in there)
         return not there or (len(there) < self.together and taken + most <= self.room[gpu])
 
     def _begin(self, piece: Sequence[Work], gpu: str) -> None:
         work, *rest = piece
+        self.places[work.result] = gpu
         with work.log.open("w") as out:
             process = subprocess.Popen(
                 [sys.executable, *work.command],

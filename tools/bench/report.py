@@ -92,9 +92,11 @@ def sentences(row: Row, found: Mapping[str, Mapping]) -> Iterator[str]:
 
 
 def ratio(found: Mapping[str, Mapping], slow: str, fast: str, words: str) -> str:
-    """How much longer one takes than the other; two GPUs are not quite alike."""
+    """How much longer one takes than the other; two GPUs are not quite alike, as their rates of
+    products say."""
     a, b = found[slow], found[fast]
-    other = "" if a.get("gpu") == b.get("gpu") else ", each on another GPU"
+    rates = f"{a['matmul'] / 1e12:.3g} and {b['matmul'] / 1e12:.3g} TFLOP/s of products"
+    other = "" if a.get("gpu") == b.get("gpu") else f", on GPUs with {rates}"
     return words.format(slow, fast, a["seconds"] / b["seconds"]) + other
 
 
@@ -102,12 +104,15 @@ def around(whole: Mapping, bare: Mapping) -> str:
     """What an objective adds to its network and update: time and kernels."""
     share = 1 - bare["seconds"] / whole["seconds"]
     here, there = (plain_names(found["kernels"]) for found in (whole, bare))
+    if not here or not there:
+        return f"the objective takes {share:.1%} of the step"
     count, noise = sum(here.values()) - sum(there.values()), here[NOISE] - there[NOISE]
     listed = "; ".join(f"{n} {name}" for name, n in (here - there).most_common())
     gone = "; ".join(f"{n} {name}" for name, n in (there - here).most_common())
-    changed = f" (more: {listed or 'none'}; fewer: {gone or 'none'})" if here else ""
-    drawn = f", {noise} of them draws" if here else ""
-    return f"the objective takes {share:.1%} of the step and {count} kernels{drawn}{changed}"
+    return (
+        f"the objective takes {share:.1%} of the step and {count} kernels, {noise} of them draws"
+        f" (more: {listed or 'none'}; fewer: {gone or 'none'})"
+    )
 
 
 def best(rows: Mapping[str, Row], results: Mapping[Key, Mapping]) -> Iterator[str]:

@@ -72,6 +72,11 @@ class Row:
     costs: tuple[tuple[str, str], ...] = ()
     around: tuple[str, str] | tuple[()] = ()
 
+    def beside(self, label: str) -> str:
+        """The contender that this one is so near to that both need the same GPU; or none."""
+        pairs = [*self.costs, *[self.around[::-1]] * bool(self.around)]
+        return dict(pairs).get(label, "")
+
 
 PLAIN, DREAM, BARE = "ours", "ours, DREAM", "ours, network and update alone"
 EAGER, COMPILED, LAST = "(a) eager", "(b) compiled", "(b) compiled, channels-last"
