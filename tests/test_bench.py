@@ -239,8 +239,8 @@ def test_the_report_of_long_runs(tool, tmp_path):
     steps = [{"step": n + 1, "loss": loss} for n, loss in enumerate(fast)]
     lines = [one | looks[n // 2] if n % 2 else one for n, one in enumerate(steps)]
     said = long.report({"fast": [machine, *lines], "plain": [machine]}, losses, 2)
-    assert "| 1 to 2 | 0.9000 | 0.9500 | -0.05000 | 0.10000 |" in said
-    assert "The largest difference of two means is +0.10000, in steps 3 to 4" in said
+    assert "| 1 to 2 | 0.9000 | 0.9500 | -5.0e-02 | 1.0e-01 |" in said
+    assert "The largest difference of two means is +1.0e-01, in steps 3 to 4" in said
     row = "| fast | 6 | 1 | 0 | 5.000 / 9.000 at 2 | 5.500 / 9.000 at 6 | 8.000 / 9.000 | 4 |"
     assert row in said and "| plain | 0 | | | | | | |" in said
     curves.drawn(losses, tmp_path / "curves.png")

@@ -150,7 +150,7 @@ def compared(seen: Sequence[curves.Window]) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for one in seen:
         means = " | ".join(f"{mean:.4f}" for mean in one.means)
-        yield f"| {one.first} to {one.last} | {means} | {one.difference:+.5f} | {one.error:.5f} |"
+        yield f"| {one.first} to {one.last} | {means} | {one.difference:+.1e} | {one.error:.1e} |"
 
 
 def overlap(seen: Sequence[curves.Window], fast: Sequence[float], plain: Sequence[float]) -> str:
@@ -159,10 +159,10 @@ def overlap(seen: Sequence[curves.Window], fast: Sequence[float], plain: Sequenc
     most = max(abs(one.difference) / one.error for one in seen)
     apart = [a - b for a, b in zip(fast, plain, strict=False)]
     return (
-        f"The largest difference of two means is {far.difference:+.5f}, in steps {far.first} to"
-        f" {far.last}, where the standard error is {far.error:.5f}; no window is further apart than"
+        f"The largest difference of two means is {far.difference:+.1e}, in steps {far.first} to"
+        f" {far.last}, where the standard error is {far.error:.1e}; no window is further apart than"
         f" {most:.2f} standard errors, and the mean of all differences is"
-        f" {sum(apart) / len(apart):+.6f}."
+        f" {sum(apart) / len(apart):+.1e}."
     )
 
 
