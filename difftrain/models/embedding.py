@@ -114,7 +114,9 @@ class Label(nn.Module):
 
     def __init__(self, classes: int, width: int):
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
+        # its own first draw, where tensors are shapes, would load all of torch's compiler
+        rows = torch.empty(classes + 1, width)
+        self.embedding_table = nn.Embedding.from_pretrained(rows, freeze=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.embedding_table(ids[:, 0])
