@@ -2,7 +2,7 @@
 
 Numbers are e4m3 (arXiv:2209.05433) with a scale for each row, and sums are fp32. What a layer
 answers and the gradient of its input are such products; that of its weight, a sum over all tokens,
-stays one of bf16, so no operand is needed on its side as well, and its rows need no second scale.
+stays one of bf16, so x and the gradient of the answer are made small once, along their rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ EIGHT = torch.float8_e4m3fn
 LARGEST = torch.finfo(EIGHT).max
 LEAST = 1e-30  # greatest number of a row that is 0
 ABLE = (8, 9)  # compute capability
+BYTES = 16  # what addresses are a multiple of, for the kernels; a bias lies among other weights
 SIDES = 16  # both sides of a weight are a multiple of it: what the kernels take
 
 
@@ -78,6 +79,8 @@ def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias=None) -
 
 
 def _on_gpu(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias=None) -> Tensor:
+    if bias is not None and bias.data_ptr() % BYTES:
+        bias = bias.clone()
     return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), bias, out_dtype=torch.bfloat16)
 
 
@@ -104,13 +107,13 @@ def pulled(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor,
     return product(small, across, own, scale), gradient.t() @ x, gradient.sum(dim=0)
 
 
-# ---- as operators. One is differentiated and then seen through: inside `torch.func.grad` torch
-# compiles an autograd.Function to wrong gradients where one of its inputs wants none (2.11, 2.13).
+# ---- as operators. One has a backward of its own and is seen through: of an autograd.Function in
+# `torch.func.grad` torch compiles the derivative of its forward, and not its backward (2.11, 2.13).
 # The other is the product alone, for which torch's compiler would try many kernels of its own.
 
 
 class _Product(torch.autograd.function._SingleLevelFunction):
-    """The product at one level of nested derivatives, seen through by compilers."""
+    """The product at one level of nested derivatives."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
