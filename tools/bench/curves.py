@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = ("#1f6fb4", "#d9601a", "#3a923a")
+COLOURS = ("#9ecae8", "#d9601a")  # the first lies broad under the other
 SIZE, MARGIN = (960, 480), 60
 POINTS = 100  # of a curve, each the mean of a window
 
@@ -47,7 +47,7 @@ def standard_error(losses: np.ndarray) -> np.ndarray:
 
 
 def drawn(curves: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Writes a PNG of the curves over their steps; each is the mean of a hundredth of the run."""
+    """Writes a PNG of two curves over their steps; each is the mean of a hundredth of the run."""
     steps = max(map(len, curves.values()))
     size = max(1, steps // POINTS)
     means = {n: np.array(c[: len(c) // size * size]).reshape(-1, size) for n, c in curves.items()}
@@ -64,7 +64,7 @@ def drawn(curves: Mapping[str, Sequence[float]], path: Path) -> None:
     for number, (name, mean) in enumerate(means.items()):
         x = MARGIN + (np.arange(len(mean)) + 0.5) * size / steps * across
         y = MARGIN + (high - mean) / max(high - low, 1e-12) * down
-        colour = COLOURS[number % len(COLOURS)]
-        pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), colour, 2)
+        colour, width = COLOURS[number], 6 if number == 0 else 2
+        pen.line(list(zip(x.tolist(), y.tolist(), strict=True)), colour, width)
         pen.text((SIZE[0] - MARGIN - 200, MARGIN + 10 + 16 * number), name, colour)
     picture.save(path)
