@@ -87,14 +87,12 @@ def test_where_a_step_came_from_is_said(shelf, monkeypatch):
     monkeypatch.setattr(kept, "found", lambda: False)
     line = "the step was compiled: 2.0 s to the first step"
     absent = "this file has none for a GPU, torch 2.11.0 and these shapes"
-    assert Keeping().told(FACTS, False, 2.0) == line
-    assert (
-        Keeping(shelf).told(FACTS, False, 2.0) == f"{line}; {absent}, and `--store` puts it there"
-    )
-    kept_now = f"{line}; it is now kept in `file`"
-    assert Keeping(shelf, store=True).told(FACTS, False, 2.0) == kept_now
-    whence = "the compiled step is out of this file: 2.0 s to the first step"
-    assert Keeping(shelf).told(FACTS, True, 2.0) == whence
+    said = {"had": False, "seconds": 2.0, "reading": 0.5}
+    assert Keeping().told(FACTS, **said) == line
+    assert Keeping(shelf).told(FACTS, **said) == f"{line}; {absent}, and `--store` puts it there"
+    assert Keeping(shelf, store=True).told(FACTS, **said) == f"{line}; it is now kept in `file`"
+    whence = "the compiled step is out of this file: 2.0 s to the first step, 0.5 of them reading"
+    assert Keeping(shelf).told(FACTS, **{**said, "had": True}) == whence
 
 
 def test_a_machine_is_known_by_what_a_step_depends_on():

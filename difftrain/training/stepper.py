@@ -55,11 +55,12 @@ class Keeping:
         self.shelf.put(facts, kept.take(made, kept.outside(*args[2:4])))
         return made
 
-    def told(self, facts: kept.Facts, had: bool, seconds: float) -> str:
-        """One line on where the step came from, the file having `had` it before or not."""
+    def told(self, facts: kept.Facts, had: bool, seconds: float, reading: float) -> str:
+        """One line on where the step came from, the file having `had` it before or not, and on the
+        seconds until its first call was done, those of `reading` it among them."""
         took = f"{seconds:.1f} s to the first step"
         if had:
-            return f"the compiled step is out of this file: {took}"
+            return f"the compiled step is out of this file: {took}, {reading:.1f} of them reading"
         whence = "was found compiled on this machine" if kept.found() else "was compiled"
         line = f"the step {whence}: {took}"
         if self.shelf is None:
@@ -121,10 +122,11 @@ class Stepper:
         good_for, self.fresh = facts(self.session.bundle, state["weights"], batch), False
         had = keeping.has(good_for)
         step = keeping.compiled(self.step, (state, batch, *rest), good_for)
+        reading = time.perf_counter() - started
         self.step = lowering.Replayed(step) if cuda else step
         log = self.step(state, batch, *rest)
         if cuda:
             torch.cuda.synchronize()
         lowering.no_more_compiling()
-        say(keeping.told(good_for, had, time.perf_counter() - started))
+        say(keeping.told(good_for, had, time.perf_counter() - started, reading))
         return log
