@@ -100,46 +100,66 @@ def options(case: Case, found: list[Finding]) -> None:
         return
     if any(f.code in ("DIF206", "DIF312") for f in found) or None in part.options.values():
         return
-    if lost := next((name for name in NEEDED if name not in part.options), None):
-        text = f"`{definition.name}` has no `{lost}`, which lays out its times"
-        at, hint = Label(_place(case, run)), f"write `solver {definition.name} from euler {{ … }}`"
-        found.append(Finding("DIF316", text, at, help=hint))
+    law, before = _law(case), len(found)
+    found += _laid_out(case, run, definition, law) if law else ()
+    walked = _walked(case, law, part) if law and len(found) == before else None
+    if walked and walked[0] >= walked[1]:
+        found.append(_nowhere(case, run))
+    elif walked:
+        found += _levels(case, run, definition, walked)
+        found += _interval(run, walked) if all(f.code != "DIF314" for f in found) else ()
+
+
+def _law(case: Case) -> Law | None:
+    try:
+        return horizon(case.objective)
+    except Problem:
+        return None  # said elsewhere
+
+
+def _laid_out(case: Case, run: Run, definition: Definition, law: Law) -> Iterator[Finding]:
+    """Options of which no times can be made on a process with this law."""
+    part, name = run["solver"], definition.name
+    if lost := next((n for n in NEEDED if n not in part.options), None):
+        text = f"`{name}` has no `{lost}`, which lays out its times"
+        hint = f"write `solver {name} from euler {{ … }}`"
+        yield Finding("DIF316", text, Label(_place(case, run)), help=hint)
         return
     try:
-        law = horizon(case.objective)
         check(law, part.options)
-    except Problem:
-        return  # said elsewhere
     except Misfit as told:
         at = Label(_place(case, run, told.option))
-        found.append(Finding("DIF316", told.message, at, help=told.hint))
-        return
-    if not (walked := _walked(case, law, part)):
-        return
-    if walked[0] >= walked[1]:
-        ends = " and ".join(f"`{n} = {shown(part.options[n])}`" for n in ("low", "high"))
-        text = f"this process has no sigma / alpha between {ends}"
-        at, hint = Label(_place(case, run, "low", "high")), "choose levels that it has"
-        found.append(Finding("DIF316", text, at, help=f"{hint}, or leave them out"))
-        return
-    found += _missed(case, run, definition, walked)
+        yield Finding("DIF316", told.message, at, help=told.hint)
 
 
-def _missed(case: Case, run: Run, definition: Definition, walked: Ends) -> Iterator[Finding]:
-    """Ranges of sigma / alpha in which no step of the solver lies."""
-    said, part = _said(definition), run["solver"]
-    names = [item.dotted for item in _items(said.get("levels"))]
-    off = any(part.options[item.dotted] == 0 for item in _items(said.get("together"))[:1])
-    if names and not off:
-        low, high = (part.options[name] for name in names)
-        at = Label(_place(case, run, *names))
-        pair = " and ".join(f"`{n} = {shown(part.options[n])}`" for n in names)
-        if low >= high:
-            text, hint = f"{pair} leave nothing between them", "write the smaller one first"
-            yield Finding("DIF316", text, at, help=f"{hint}: both are sigma / alpha")
-        elif not _meets((low, high), walked):
-            text = f"no step lies between {pair}"
-            yield Finding("DIF316", text, at, because=_reaches(walked), help=WITHIN)
+def _nowhere(case: Case, run: Run) -> Finding:
+    names = ("low", "high")
+    ends = " and ".join(f"`{n} = {shown(run['solver'].options[n])}`" for n in names)
+    text = f"this process has no sigma / alpha between {ends}"
+    hint = "choose levels that it has, or leave them out"
+    return Finding("DIF316", text, Label(_place(case, run, *names)), help=hint)
+
+
+def _levels(case: Case, run: Run, definition: Definition, walked: Ends) -> Iterator[Finding]:
+    """A range of sigma / alpha, in which a solver does something, with no step in it."""
+    said, options = _said(definition), run["solver"].options
+    names = [i.dotted for i in _items(said.get("levels")) if i.dotted in options]
+    off = any(options.get(i.dotted) == 0 for i in _items(said.get("together"))[:1])
+    if off or len(names) != 2:
+        return
+    low, high = (options[name] for name in names)
+    at = Label(_place(case, run, *names))
+    pair = " and ".join(f"`{name} = {shown(options[name])}`" for name in names)
+    if low >= high:
+        text, hint = f"{pair} leave nothing between them", "write the smaller one first"
+        yield Finding("DIF316", text, at, help=f"{hint}: both are sigma / alpha")
+    elif not _meets((low, high), walked):
+        text = f"no step lies between {pair}"
+        yield Finding("DIF316", text, at, because=_reaches(walked), help=WITHIN)
+
+
+def _interval(run: Run, walked: Ends) -> Iterator[Finding]:
+    """Guidance that is on where no step lies."""
     ends = run.values.get("guidance_interval")
     if ends and ascending(ends) and not _meets(ends, walked):
         at, text = run.written["guidance_interval"], "there is no guidance at any step"
