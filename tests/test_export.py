@@ -1,12 +1,16 @@
 """`difftrain export`: files that sample as the run does, or no files."""
 
 import json
+import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import exported
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -15,6 +19,7 @@ from difftrain.cli import main
 from difftrain.export import parity
 from difftrain.export.errors import ExportError, Parted
 from difftrain.export.modules import PRECISIONS, pieces
+from difftrain.export.onnx import write
 from difftrain.export.opened import opened
 from difftrain.export.trace import batches, traced
 
@@ -122,12 +127,37 @@ def test_onnx_files_sample_in_any_batch(run, name, tmp_path, capsys):
     assert main(["export", run(name), "--to", "onnx", "-o", str(folder)]) == 0
     assert capsys.readouterr().out.strip().endswith(str(folder))
     about = json.loads((folder / "manifest.json").read_text())
-    assert {f"{p}.onnx" for p in about["pieces"]} | {"manifest.json"} == {
+    assert {f"{p}.onnx" for p in about["pieces"]} | {"manifest.json", "README.md"} == {
         p.name for p in folder.iterdir()
     }
+    assert shown(folder, about)["x"].shape == (2, *about["latents"])
     assert about["errors"]["latents"] < 1e-4 and about["precision"] == "fp32"
     with made(run(name)) as (_, parts):
         assert_same(folder / "sampler.onnx", parts["sampler"])
+
+
+def shown(folder: Path, about: dict) -> dict:
+    """What the code of a README makes, which is run as it stands there."""
+    code, made = (folder / "README.md").read_text().split("```")[1].removeprefix("python\n"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(code, made)
+    output = about["pieces"]["decode"]["outputs"][0]
+    assert len(made[output]) == 2 and bool((made[output] == made[output]).all())
+    return made
+
+
+def test_a_sampler_holds_its_weights_once(run):
+    """However often it asks its network; what its condition alone makes is made once."""
+    with made(run("unet")) as (it, parts), TemporaryDirectory() as folder:
+        assert len(it.table.rows) == 2
+        files = write(parts, Path(folder), (1, 8), print)
+        backbone, sampler = (onnx.load(files[name]).graph for name in ("backbone", "sampler"))
+    large = [v.raw_data for v in sampler.initializer if len(v.raw_data) > 64]
+    assert len(large) == len(set(large)) > 20
+    once, twice = (Counter(n.op_type for n in graph.node) for graph in (backbone, sampler))
+    assert twice["Conv"] == 2 * once["Conv"] and twice["Softmax"] == 2 * once["Softmax"]
+    assert twice["MatMul"] < 2 * once["MatMul"] and twice["Backbone"] == 0, (once, twice)
 
 
 @torch.no_grad()
@@ -153,6 +183,7 @@ def test_a_long_solver_is_one_step_and_a_table(run, tmp_path):
     assert about["table"]["columns"] == ["x", "x0_hat", "eps_hat", "x0_hat 1 ago", "noise"]
     assert about["pieces"]["step"]["inputs"]["kept"]["shape"] == [1, "batch", 3, 16, 16]
     assert about["condition"]["kind"] == "text" and about["condition"]["length"] == 8
+    assert shown(folder, about)["pictures"].shape == (2, 3, 16, 16)
 
 
 # ---- packages
@@ -163,6 +194,7 @@ def test_packages_sample_as_the_run(run, tmp_path):
     assert main(["export", run("arrays"), "--to", "pt2", "-o", str(folder)]) == 0
     about = json.loads((folder / "manifest.json").read_text())
     assert about["device"] == "cpu" and about["errors"]["latents"] < 1e-4
+    assert shown(folder, about)["arrays"].shape == (2, 2, 12)
     loaded = torch._inductor.aoti_load_package(str(folder / "sampler.pt2"))
     with made(run("arrays")) as (_, parts), torch.no_grad():
         inputs = parts["sampler"].example(5)
@@ -210,6 +242,18 @@ def test_the_evaluation_where_they_part_is_named(run):
             ["--to", "onnx", "--set", "sample.guide=runs/arrays"],
             "error: `guide = runs/arrays` is a second network, and what is exported has one: leave",
         ),
+        (
+            ["--to", "onnx", "--set", "export.tensorrt.batch=3"],
+            "error: `export.tensorrt.batch` is an option of another target than `onnx`: leave it",
+        ),
+        (
+            ["--to", "pt2", "--set", "data.size=32"],
+            "error: `data.size` is the side of pictures, and this run draws arrays: leave it out",
+        ),
+        (
+            ["--to", "tensorrt", "--set", "export.tensorrt.sizes=[32]"],
+            "error: `sizes` lists sides of pictures, and this run draws arrays of 2 x 12: leave it",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(run, capsys, more, line):
@@ -218,7 +262,28 @@ def test_bad_input_is_one_sentence(run, capsys, more, line):
     assert told(capsys).startswith(line)
 
 
-@pytest.mark.parametrize("target", ["diffusers", "onnx", "pt2", "tensorrt"])
+TARGETS = ["diffusers", "onnx", "pt2", "tensorrt"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_place_in_a_file_is_told_first(run, capsys, target):
+    assert main(["export", run("unet"), "--to", target, "-o", "unet.diff/x"]) == 2
+    line = told(capsys)
+    assert line.startswith("error: `unet.diff/x` lies in `") and "which is no folder" in line
+
+
+@pytest.mark.parametrize("target", ["onnx", "tensorrt"])
+def test_a_missing_package_is_told_first(run, capsys, monkeypatch, target):
+    name = run("arrays")
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["export", name, "--to", target, "-o", "made"]) == 3
+    assert capsys.readouterr().err == (
+        "error: `onnxruntime` is not installed here: install difftrain with its extra `onnx`\n"
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_checkpoint_of_another_spec_is_told(run, capsys, target):
     run("arrays"), run("shown")
     other = "runs/shown/checkpoints/step-000000003.safetensors"

@@ -391,6 +391,8 @@ def run_file(file: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
 
 
 REFUSED = {
+    "unrecognized arguments: --bogus: `emoji --help` lists what it takes": ["--bogus"],
+    "argument -n: invalid int value: 'x': `emoji --help` lists what it takes": ["-n", "x"],
     "`a.jpg` must end in .png or .npz": ["-o", "a.jpg"],
     'say with `--prompt "..."` what to draw': [],
     "this file holds engines for a size of 64, not 96: export again with that size": [
@@ -415,6 +417,11 @@ def test_the_file_refuses_in_a_process_of_its_own(made, tmp_path):
 
 
 SIZES = {
+    "`sizes` is a list of sides of pictures: write `sizes = [256, 512]`": 40,
+    "`sizes` lists [40], and each is the side of pictures in pixels: list whole numbers, as in"
+    " `sizes = [256, 512]`": [[40]],
+    "`sizes` lists 40.5, and each is the side of pictures in pixels: list whole numbers, as in"
+    " `sizes = [256, 512]`": [40.5],
     "`sizes` lists -4, and each is the side of pictures in pixels: list whole numbers, as in"
     " `sizes = [256, 512]`": [64, -4],
     "the codec takes pictures whose sides are multiples of 8, not 63 x 63: change `size`": [63],

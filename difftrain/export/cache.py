@@ -34,6 +34,7 @@ def engine(
     named |= {} if profile.refit else {"weights": weights}
     place = folder / f"{_digest(json.dumps(named, sort_keys=True).encode())}.engine"
     if (found := _read(place)) is None:
+        say(f"building the engine of `{source.name}`")
         found = _keep(build(source, profile, maker), weights, place)
         say(f"built the engine of `{source.name}`: {len(found.data) >> 10} KiB")
     elif found.about["weights"] != weights:

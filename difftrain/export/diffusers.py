@@ -22,6 +22,7 @@ from difftrain.export.schedulers import scheduler
 from difftrain.language.forms import clock
 from difftrain.language.term import is_const
 from difftrain.models.text import TextEncoder
+from difftrain.training.folder import writable
 
 WRAPPED = {"c_in": 1, "c_out": 1, "c_skip": 0}  # what a network is called bare with
 
@@ -30,6 +31,7 @@ def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> P
     """Writes the pipeline folder of a run. Raises ExportError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"`{folder}` is there already: say with `-o` where the folder goes")
+    writable(folder)
     _samples_bare(run)
     made = _pipeline(run)
     beside = folder.with_name(f"{folder.name}.partial")

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ def _run(archive: zipfile.ZipFile, name: str, argv: Sequence[str]) -> None:
     if args.inspect:
         print(json.dumps(manifest, indent=1))
         return
+    if manifest["arrays"] and args.size:
+        raise Refused("`--size` is the side of pictures, and this file draws arrays: leave it out")
     out = _named(args.output or f"{manifest['name']}{SAVED[manifest['arrays']]}", manifest)
     texts = _texts(manifest, args.prompts, args.count)
     sampler = Sampler(archive, manifest, args.size or manifest["sizes"][0], args.batch)
@@ -55,8 +58,15 @@ def _run(archive: zipfile.ZipFile, name: str, argv: Sequence[str]) -> None:
     print(out)
 
 
+class Arguments(argparse.ArgumentParser):
+    """Arguments that are refused in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(f"{message}: `{self.prog} --help` lists what it takes")
+
+
 def _options(name: str, manifest: Mapping) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(name, description=f"samples of `{manifest['name']}`")
+    parser = Arguments(name, description=f"samples of `{manifest['name']}`")
     add = parser.add_argument
     add("--prompt", action="append", default=[], dest="prompts", help="what to draw; repeatable")
     add("-n", type=int, dest="count", help="how many samples")

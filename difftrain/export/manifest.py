@@ -12,21 +12,24 @@ from pathlib import Path
 
 import difftrain
 from difftrain.compiler.texts import versions
+from difftrain.export.card import card
 from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece
 from difftrain.export.opened import Opened
 from difftrain.export.parity import Report
+from difftrain.training.folder import writable
 from difftrain.training.samples import written
 
-FILE = "manifest.json"
+FILE, README = "manifest.json", "README.md"
 
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A folder beside the wanted one, which takes its place when all went well. Raises
-    ExportError."""
+    ExportError, and FolderError where nothing can be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"`{folder}` is there already: say with `-o` where the folder goes")
+    writable(folder)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:
@@ -104,6 +107,7 @@ def tabled(run: Opened) -> dict[str, object]:
     }
 
 
-def write(folder: Path, about: Mapping[str, object]) -> None:
-    """Writes the manifest."""
+def write(folder: Path, about: Mapping[str, object], made: Mapping[str, Piece]) -> None:
+    """Writes the manifest, and how the files beside it are asked."""
+    (folder / README).write_text(card(about, made), encoding="utf-8")
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

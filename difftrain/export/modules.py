@@ -133,6 +133,10 @@ class Loop(nn.Module):
         self.backbone, self.table, self.guess = backbone, table, guess
         self.jumps = any(row.r != row.t for row in table.rows)
 
+    def around(self, backbone: nn.Module) -> Loop:
+        """The same around another backbone."""
+        return type(self)(backbone, self.table, self.guess)
+
     def ask(self, x: Tensor, t: Tensor, r: Tensor, cond, null, before: Tensor | None) -> Pair:
         """The estimates at x [B, ...]; t and r are [1]."""
         t, r = (v.to(self.table.times).expand(x.shape[0]) for v in (t, r))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from difftrain.export import manifest
+from difftrain.export import inlined, manifest
 from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
@@ -19,16 +20,19 @@ from difftrain.models.foreign import reason
 OPSET = 20
 PROVIDERS = ["CPUExecutionProvider"]
 ABSENT = ("bf16",)  # precisions without kernels there
+SOLVERS = ("sampler", "step")  # pieces around the backbone, which come right behind it
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ALONE = 1 << 30  # bytes of weights in the file itself, at most: protobuf ends at 2 GiB
 
 
 def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> Path:
     """Writes text.onnx, backbone.onnx, sampler.onnx or step.onnx, decode.onnx and manifest.json.
     Raises ExportError, and leaves nothing then."""
+    needed()
     precision, batch = run.target["precision"], run.batch
     with manifest.staged(folder) as beside:
         made = pieces(run, precision)
-        files = write(made, beside, batch)
+        files = write(made, beside, batch, say)
         say(f"wrote {', '.join(file.name for file in files.values())}")
         if precision in ABSENT:
             say(
@@ -37,19 +41,41 @@ def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> P
         call = bare(made) if precision in ABSENT else sessions(made, files, run.device)
         report = gate(run, made, call, precision)
         say(str(report))
-        manifest.write(beside, manifest.describe(run, "onnx", batch, made, report))
+        manifest.write(beside, manifest.describe(run, "onnx", batch, made, report), made)
     return folder
 
 
-def write(made: Mapping[str, Piece], folder: Path, batch: tuple[int, int]) -> dict[str, Path]:
-    """The ONNX file of every piece, for batches from the one size to the other; the dimension is
-    called `batch`. Raises ExportError."""
-    return {n: _written(n, piece, folder, batches(n, batch)) for n, piece in made.items()}
+def needed() -> None:
+    """Raises ModuleNotFoundError for a package that all of this needs, before any work."""
+    for package in PACKAGES:
+        import_module(package)
 
 
-def _written(name: str, piece: Piece, folder: Path, batch: tuple[int, int]) -> Path:
-    program, path = traced(name, piece, batch), folder / f"{name}.onnx"
-    varies = batch[0] < batch[1]
+def write(
+    made: Mapping[str, Piece],
+    folder: Path,
+    batch: tuple[int, int],
+    say: Callable[[str], object],
+    without: Collection[str] = (),
+) -> dict[str, Path]:
+    """The ONNX files of all pieces, but for those `without` one, for batches from the one size to
+    the other; the dimension is called `batch`. Raises ExportError."""
+    files, backbone = {}, None
+    for name, piece in made.items():
+        say(f"tracing `{name}`")
+        own = inlined.closed(piece, made["backbone"]) if name in SOLVERS else piece
+        program = _program(name, own, batches(name, batch))
+        if name in SOLVERS:
+            inlined.fill(program.model, backbone.model)
+        if name not in without:
+            files[name] = folder / f"{name}.onnx"
+            program.save(files[name], external_data=_size(piece) > ALONE)
+        backbone = program if name == "backbone" else None
+    return files
+
+
+def _program(name: str, piece: Piece, batch: tuple[int, int]) -> torch.onnx.ONNXProgram:
+    program, varies = traced(name, piece, batch), batch[0] < batch[1]
     axes = {
         n: {piece.batch[n]: BATCH} if varies and n in piece.batch else None for n in piece.inputs
     }
@@ -68,8 +94,8 @@ def _written(name: str, piece: Piece, folder: Path, batch: tuple[int, int]) -> P
         raise ExportError(
             f"`{name}` has no ONNX form ({reason(cause)}): export to `pt2`"
         ) from cause
-    made.save(path, external_data=_size(piece) > ALONE)
-    return path
+    inlined.bare(made.model)
+    return made
 
 
 def _size(piece: Piece) -> int:

@@ -133,10 +133,26 @@ def opened(
     checkpoint = file_of(weights) if weights else checkpoint
     spec = bundle.read(settings, BLOCKS)
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
+    _are_read(settings or {}, target, data)
     fits(bundle, options["solver"])
     with importable(bundle.texts):
         model = open_model(bundle, objective, checkpoint, data["size"])
         yield Opened(model, objective, options, block(spec, target), data)
+
+
+def _are_read(settings: Mapping[str, str], target: str, data: Run) -> None:
+    """Refuses settings that this target of this run would not read. Raises ExportError."""
+    for path in settings:
+        kind, *rest = path.split(".")
+        if kind == "export" and rest[0] != target:
+            raise ExportError(
+                f"`{path}` is an option of another target than `{target}`: leave it out, or export"
+                f" with `--to {rest[0]}`"
+            )
+    if "data.size" in settings and data["source"].module == ARRAYS:
+        raise ExportError(
+            "`data.size` is the side of pictures, and this run draws arrays: leave it out"
+        )
 
 
 def probe(run: Opened, count: int = 2) -> Tensor | None:

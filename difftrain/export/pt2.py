@@ -18,8 +18,10 @@ from difftrain.export.parity import Call, gate
 from difftrain.export.trace import batches, quiet, traced
 from difftrain.models.foreign import reason
 
+Say = Callable[[str], object]
 
-def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> Path:
+
+def export(run: Opened, folder: Path, say: Say = print) -> Path:
     """Writes text.pt2, backbone.pt2, sampler.pt2 or step.pt2, decode.pt2 and manifest.json. Raises
     ExportError, and leaves nothing then."""
     if lowering.cxx() is None:
@@ -30,19 +32,21 @@ def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> P
     precision = run.target["precision"]
     with manifest.staged(folder) as beside:
         made = pieces(run, precision, run.device)
-        files = {name: write(name, piece, beside, run.batch) for name, piece in made.items()}
+        files = {name: write(name, piece, beside, run.batch, say) for name, piece in made.items()}
         say(f"wrote {', '.join(file.name for file in files.values())}")
         report = gate(run, made, packages(made, files), precision)
         say(str(report))
         about = manifest.describe(run, "pt2", run.batch, made, report)
-        manifest.write(beside, about | {"device": run.device.type})
+        manifest.write(beside, about | {"device": run.device.type}, made)
     return folder
 
 
 @torch.no_grad()
-def write(name: str, piece: Piece, folder: Path, batch: tuple[int, int]) -> Path:
+def write(name: str, piece: Piece, folder: Path, batch: tuple[int, int], say: Say) -> Path:
     """The package of a piece, for batches from the one size to the other. Raises ExportError."""
+    say(f"tracing `{name}`")
     program, path = traced(name, piece, batches(name, batch)), folder / f"{name}.pt2"
+    say(f"compiling `{name}`")
     try:
         with quiet():
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))

@@ -26,6 +26,7 @@ from difftrain.export.running import Runner
 from difftrain.export.trace import batches, traced
 from difftrain.models.errors import PartError
 from difftrain.models.foreign import reason
+from difftrain.training.folder import writable
 
 Say = Callable[[str], object]
 
@@ -46,6 +47,8 @@ def export(run: Opened, file: Path, say: Say = print) -> Path:
     _can_draw(run)
     if file.is_dir():
         raise ExportError(f"`{file}` is a folder: say with `-o` how to call the file")
+    writable(file)
+    onnx.needed()
     profile, maker = wanted(run, say), library(run.target["library"].replace("_", "-"))
     told, data = encoders(run.parts.text, run.encoder, run.sampling["prompts"])
     sizes = _sizes(run)
@@ -71,13 +74,20 @@ def _can_draw(run: Opened) -> None:
 
 def _sizes(run: Opened) -> list[int]:
     """The sides of pictures that get engines."""
-    asked = list(dict.fromkeys(run.target["sizes"])) or [run.data["size"]]
-    if wrong := [size for size in asked if not isinstance(size, int) or size < 1]:
+    asked = run.target["sizes"]
+    if run.arrays and asked != []:
+        raise ExportError(
+            "`sizes` lists sides of pictures, and this run draws arrays of"
+            f" {' x '.join(map(str, run.shape))}: leave it out"
+        )
+    if not isinstance(asked, list):
+        raise ExportError("`sizes` is a list of sides of pictures: write `sizes = [256, 512]`")
+    if wrong := [size for size in asked if type(size) is not int or size < 1]:
         raise ExportError(
             f"`sizes` lists {wrong[0]}, and each is the side of pictures in pixels: list whole"
             " numbers, as in `sizes = [256, 512]`"
         )
-    return asked
+    return list(dict.fromkeys(asked)) or [run.data["size"]]
 
 
 def wanted(run: Opened, say: Say) -> Profile:
@@ -101,7 +111,7 @@ def _sized(run: Opened, size: int, profile: Profile, maker: Library, say: Say) -
     precision, made = run.target["precision"], pieces(run, run.target["precision"])
     _takes(made["backbone"], size)
     with tempfile.TemporaryDirectory() as folder:
-        sources = dict(_sources(made, Path(folder), profile))
+        sources = dict(_sources(made, Path(folder), profile, say))
         here = torch.cuda.is_available()
         engines = {
             name: cache.engine(source, its, maker, say=say)
@@ -130,16 +140,15 @@ def _takes(backbone: Piece, size: int) -> None:
 
 
 def _sources(
-    made: Mapping[str, Piece], folder: Path, profile: Profile
+    made: Mapping[str, Piece], folder: Path, profile: Profile, say: Say
 ) -> Iterator[tuple[str, tuple[Source, Profile]]]:
     """Every module as libraries take it, and what its engine is built for; the backbone can be
     asked through `step`, where that is made."""
-    for name, piece in made.items():
-        if name == "backbone" and "step" in made:
-            continue
+    unasked = ["backbone"] if "step" in made else []
+    files = onnx.write(made, folder, (profile.low, profile.high), say, unasked)
+    for name, file in files.items():
         low, high = batches(name, (profile.low, profile.high))
-        file = onnx.write({name: piece}, folder, (low, high))[name]
-        program = partial(traced, name, piece, (low, high))
+        program = partial(traced, name, made[name], (low, high))
         yield name, (Source(name, file, program), replace(profile, low=low, high=high))
 
 
