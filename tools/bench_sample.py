@@ -10,7 +10,11 @@ all steps in one CUDA graph), tensorrt (the same), pt2 (AOTInductor); all in fp1
 
 A latency is from noise and conditions to latents: the median of calls after warm-up. Errors are
 relative, ||a - b|| / ||b||, to eager fp32 without TF32, of the first call of the network and of
-the final latents. Networks are random and damped: see `damp`. Every (work, column) is a process.
+the final latents. Networks are random and damped (see `damp`), those of --run as they were trained.
+
+Every (work, column) is a process of its own, and so is every batch of `compile` and `pt2`, which
+are compiled for that size alone; one engine serves all batches, with the largest as its optimum.
+What is most wanted goes first, so that a cut takes the last; a table is printed in any case.
 """
 
 from __future__ import annotations
@@ -18,13 +22,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,13 +40,14 @@ from torch import Tensor, nn
 
 from difftrain.export import modules, onnx
 from difftrain.export.engine import Profile, Source, build, library
-from difftrain.export.errors import ExportError
 from difftrain.export.manifest import tabled
 from difftrain.export.opened import Opened, opened
 from difftrain.export.running import Runner, Walk
 from difftrain.export.trace import traced
+from difftrain.models.foreign import reason
 
-COLUMNS = ("eager", "tensorrt", "compile", "pt2")  # in the order of what they cost
+COLUMNS = {"tensorrt": 0, "compile": 0, "eager": 1, "pt2": 2}  # and the turn of their first process
+ALONE = ("compile", "pt2")  # columns that build for one batch size alone
 DIT = """diff 1
 import std.label
 import std.sit
@@ -68,8 +76,8 @@ WORKS = {
         solver="jump(steps = 1)",
         guidance=1,
     ),
-    "dit-euler50": DIT.format(strategy=DROP, times="", solver="euler(steps = 50)", guidance=4),
     "unet-lcm4": UNET.format(strategy=DROP, solver="multistep(steps = 4)", guidance=1),
+    "dit-euler50": DIT.format(strategy=DROP, times="", solver="euler(steps = 50)", guidance=4),
     "unet-dpm20": UNET.format(strategy=DROP, solver="dpm_solver_pp(steps = 20)", guidance=7.5),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the latter to try this file out
@@ -96,80 +104,120 @@ def main() -> None:
     if args.child:
         _measure(args)
         return
-    found = _all(args)
-    print(table(found, args))
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1))
+    signal.signal(signal.SIGTERM, _stop)
+    found: list[dict] = []
+    try:
+        _all(args, found)
+    finally:
+        print(table(found), flush=True)
+        if args.json:
+            Path(args.json).write_text(json.dumps(found, indent=1))
+
+
+def _stop(*_) -> None:
+    sys.exit(128 + signal.SIGTERM)
 
 
 # ---- one process for each work and column
 
 
-def _all(args: argparse.Namespace) -> list[dict]:
-    """What every process measured; one that had no time or failed says so."""
-    works = [*args.work.split(","), *(["run"] if args.run else [])]
-    waiting = [(w, c) for c in COLUMNS if c in args.only.split(",") for w in works if w]
-    end, free, running, found = time.monotonic() + args.limit, list(range(args.gpus)), {}, []
+@dataclass(frozen=True)
+class Job:
+    """What one process measures."""
+
+    work: str
+    column: str
+    batches: tuple[int, ...]
+
+
+def jobs(args: argparse.Namespace) -> list[Job]:
+    """What is to be measured, the most wanted first."""
+    works = [*(["run"] if args.run else []), *filter(None, args.work.split(","))]
+    sizes = tuple(map(int, args.batch.split(",")))
+    found = []
+    for column in [c for c in COLUMNS if c in args.only.split(",")]:
+        split = [(b,) for b in sizes] if column in ALONE else [sizes]
+        found += [
+            (COLUMNS[column] + n, w, column, each) for n, each in enumerate(split) for w in works
+        ]
+    found.sort(key=lambda it: (it[0], works.index(it[1])))
+    return [Job(*job) for _, *job in found]
+
+
+def _all(args: argparse.Namespace, found: list[dict]) -> None:
+    """Adds what every process measured; one that had no time or failed says so."""
+    waiting, running, free = jobs(args), {}, list(range(args.gpus))
+    end = time.monotonic() + args.limit
     with tempfile.TemporaryDirectory() as folder:
-        while waiting or running:
-            for process in [p for p in running if p.poll() is not None]:
-                gpu, job, out = running.pop(process)
-                free.append(gpu)
-                found += _read(out, job, process.returncode)
-            if time.monotonic() > end:
-                found += [r for p, it in running.items() for r in _late(p, *it[1:])]
-                return found + [_failed(job, "no time") for job in waiting]
-            while waiting and free:
-                job, gpu = waiting.pop(0), free.pop(0)
-                out = Path(folder, f"{job[0]}.{job[1]}.json")
-                running[_started(args, job, gpu, out)] = gpu, job, out
-            time.sleep(0.2)
-    return found
+        try:
+            while (waiting or running) and time.monotonic() < end:
+                for process in [p for p in running if p.poll() is not None]:
+                    gpu, job, out = running.pop(process)
+                    free.append(gpu)
+                    found += _read(out, job, f"failed ({process.returncode})")
+                while waiting and free:
+                    job, gpu = waiting.pop(0), free.pop(0)
+                    out = Path(folder, f"{len(waiting)}.json")
+                    running[_started(args, job, gpu, out)] = gpu, job, out
+                time.sleep(0.2)
+        finally:
+            for process, (_, job, out) in running.items():
+                _end(process)
+                found += _read(out, job, "no time")
+            found += [row for job in waiting for row in _without(job, job.batches, "no time")]
 
 
-def _started(args, job: tuple[str, str], gpu: int, out: Path) -> subprocess.Popen:
-    passed = ["--batch", args.batch, "--run", args.run, "--mode", args.mode, "--json", str(out)]
-    passed += ["--library", args.library, *(["--portable"] if args.portable else [])]
-    command = [sys.executable, __file__, "--child", ",".join(job), *passed]
-    return subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)})
+def _started(args, job: Job, gpu: int, out: Path) -> subprocess.Popen:
+    passed = ["--batch", ",".join(map(str, job.batches)), "--run", args.run, "--json", str(out)]
+    passed += ["--mode", args.mode, "--library", args.library]
+    passed += ["--portable"] if args.portable else []
+    command = [sys.executable, __file__, "--child", f"{job.work},{job.column}", *passed]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    return subprocess.Popen(command, env=env, start_new_session=True)
 
 
-def _late(process: subprocess.Popen, job: tuple[str, str], out: Path) -> list[dict]:
-    process.kill()
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and what it started to compile."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return _read(out, job, None)
 
 
-def _read(out: Path, job: tuple[str, str], code: int | None) -> list[dict]:
-    """What a process wrote, and why it wrote no more."""
-    found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    if code == 0:
-        return found
-    return [*found, _failed(job, "no time" if code is None else f"failed ({code})")]
+def _read(out: Path, job: Job, why: str) -> list[dict]:
+    """What a process wrote, and why it did not write the rest."""
+    lines = out.read_text().splitlines(keepends=True) if out.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    seen = {row["batch"] for row in found}
+    return [*found, *_without(job, [b for b in job.batches if b not in seen], why)]
 
 
-def _failed(job: tuple[str, str], why: str) -> dict:
-    return {"work": job[0], "column": job[1], "why": why}
+def _without(job: Job, batches: Sequence[int], why: str) -> list[dict]:
+    return [{"work": job.work, "column": job.column, "batch": b, "why": why} for b in batches]
 
 
 def _measure(args: argparse.Namespace) -> None:
     """Measures one column of one work and writes a line of JSON for each batch size."""
-    work, column = args.child.split(",")
+    (work, column), sizes = args.child.split(","), tuple(map(int, args.batch.split(",")))
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     with _opened(work, args.run) as run, torch.no_grad(), open(args.json, "w") as out:
         damped = "" if work == "run" else damp(run)
-        exact = piece(run, "fp32")
-        for batch in map(int, args.batch.split(",")):
-            started = time.monotonic()
-            row = {"work": work, "column": column, "batch": batch, "network": damped or args.run}
+        exact, started = piece(run, "fp32"), time.monotonic()
+        try:
+            call, said = BUILT[column](run, sizes, args)
+        except Exception as problem:  # whatever a compiler raises, the next process goes on
+            traceback.print_exc()
+            for row in _without(Job(work, column, sizes), sizes, f"failed: {reason(problem)}"):
+                out.write(json.dumps(row) + "\n")
+            return
+        said |= {"network": damped or args.run, "build s": round(time.monotonic() - started, 1)}
+        for batch in sizes:
+            row = {"work": work, "column": column, "batch": batch, **said}
             try:
-                call, said = BUILT[column](run, batch, args)
-            except (ImportError, ExportError) as problem:
-                row |= {"why": f"absent: {problem}"}
-            else:
-                row |= {**said, "build s": round(time.monotonic() - started, 1)}
                 row |= _row(run, batch, exact, call, column != "eager" and column != "pt2")
+            except Exception as problem:  # such as too little memory for this batch
+                traceback.print_exc()
+                row["why"] = f"failed: {reason(problem)}"
             print(row, file=sys.stderr)
             out.write(json.dumps(row) + "\n")
             out.flush()
@@ -302,19 +350,18 @@ def called(of: modules.Piece, module: Callable | None = None) -> Callable:
 # ---- columns: each gives a function of the inputs of a step, and what it says of itself
 
 
-def _eager(run: Opened, batch: int, args) -> tuple[Callable, dict]:
+def _eager(run: Opened, sizes: tuple[int, ...], args) -> tuple[Callable, dict]:
     return called(piece(run, "fp16")), {"torch": torch.__version__}
 
 
-def _compile(run: Opened, batch: int, args) -> tuple[Callable, dict]:
-    torch._dynamo.reset()
+def _compile(run: Opened, sizes: tuple[int, ...], args) -> tuple[Callable, dict]:
     of = piece(run, "fp16")
     return called(of, torch.compile(of.module, mode=args.mode, dynamic=False)), {"mode": args.mode}
 
 
-def _pt2(run: Opened, batch: int, args) -> tuple[Callable, dict]:
+def _pt2(run: Opened, sizes: tuple[int, ...], args) -> tuple[Callable, dict]:
     of = piece(run, "fp16")
-    program = traced("step", of, (batch, batch))
+    program = traced("step", of, (min(sizes), max(sizes)))
     with tempfile.TemporaryDirectory() as folder:
         path = torch._inductor.aoti_compile_and_package(
             program, package_path=str(Path(folder, "step.pt2"))
@@ -322,12 +369,14 @@ def _pt2(run: Opened, batch: int, args) -> tuple[Callable, dict]:
         return called(of, torch._inductor.aoti_load_package(path)), {"torch": torch.__version__}
 
 
-def _tensorrt(run: Opened, batch: int, args) -> tuple[Callable, dict]:
-    of, maker, sizes = piece(run, "fp16"), library(args.library), (batch, batch)
+def _tensorrt(run: Opened, sizes: tuple[int, ...], args) -> tuple[Callable, dict]:
+    maker, ends = library(args.library), (min(sizes), max(sizes))
+    made = modules.pieces(run, "fp16", DEVICE, unrolled=0)
+    made = {name: made[name] for name in ("backbone", "step")}
     with tempfile.TemporaryDirectory() as folder:
-        file = onnx.write({"step": of}, Path(folder), sizes)["step"]
-        source = Source("step", file, partial(traced, "step", of, sizes))
-        built = build(source, Profile(batch, batch, portable=args.portable), maker)
+        file = onnx.write(made, Path(folder), ends, str, ["backbone"])["step"]
+        source = Source("step", file, partial(traced, "step", made["step"], ends))
+        built = build(source, Profile(*ends, portable=args.portable), maker)
     return Runner("step", built.data, built.about), {"library": f"{maker.package} {maker.version}"}
 
 
@@ -337,18 +386,18 @@ BUILT = {"eager": _eager, "compile": _compile, "tensorrt": _tensorrt, "pt2": _pt
 # ---- the table
 
 
-def table(found: list[dict], args: argparse.Namespace) -> str:
+def table(found: list[dict]) -> str:
     """Rows of works and batch sizes, with latency, throughput and errors of each column."""
     head = "| work | batch | column | ms | images/s | one call | latents | to compile | built in |"
     lines = [_device(), "", head, "|---|---|---|---|---|---|---|---|---|"]
     compiled = {_key(r): r["ms"] for r in found if r["column"] == "compile" and "ms" in r}
-    for row in sorted(found, key=lambda r: (r["work"], r.get("batch", 0))):
+    for row in sorted(found, key=lambda r: (r["work"], r["batch"])):
         if "ms" not in row:
-            batch = row.get("batch", "")
-            lines.append(f"| {row['work']} | {batch} | {row['column']} | {row['why']} | | | | | |")
+            where = f"| {row['work']} | {row['batch']} | {row['column']}"
+            lines.append(f"{where} | {row['why']} | | | | | |")
             continue
         ratio = f"{compiled[_key(row)] / row['ms']:.2f}x" if _key(row) in compiled else ""
-        name = row.get("library", row["column"])
+        name = row.get("library", row["column"]) + (", static" if row["column"] in ALONE else "")
         lines.append(
             f"| {row['work']} | {row['batch']} | {name} | {row['ms']:.2f} | {row['images/s']:.1f} |"
             f" {row['one call']:.1e} | {row['latents']:.1e} | {ratio} | {row['build s']} s |"
