@@ -90,10 +90,11 @@ class Run:
         spec = self.bundle.read()
         self.objective, self.train = spec.objective(), block(spec, "train")
         known = Known(VOCABULARY.get(name, ()), (4, 8, 8), (0.0,) * 4, (1.0,) * 4)
+        first = build_parts(self.objective, known, 0, "cpu").weights  # a GPU would draw others
+        noise = torch.randn(len(first), generator=torch.Generator().manual_seed(1))
         products = self.train["products"]
         self.parts = build_parts(self.objective, known, 0, device, products=products)
-        noise = torch.randn(self.parts.plan.size, generator=torch.Generator().manual_seed(1))
-        self.parts.weights.add_(0.1 * noise.to(device))
+        self.parts.weights.copy_(first + 0.1 * noise)
         self.recipe = recipe(spec)
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
