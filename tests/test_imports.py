@@ -127,6 +127,27 @@ def test_graph_loads_no_torch(tmp_path):
     assert "networkx" in loaded and not loaded & {"torch", "numpy"}
 
 
+BEFORE_A_STEP = """
+import sys
+import difftrain.commands.launch, difftrain.training.run
+from difftrain.language.part import Part
+from difftrain.training.parts import drawn
+label = drawn("cpu", Part("encoder", "label", {}), vocabulary=["cat", "dog"])
+drawn("cpu", Part("backbone", "transformer", {"depth": 1, "width": 12, "heads": 2}), text=label)
+print(*sys.modules, sep="\\n")
+"""
+
+
+def test_a_model_stands_before_a_compiler_is_loaded():
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE_A_STEP], capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    assert done.returncode == 0, done.stderr
+    late = {"torch._dynamo", "torch._inductor", "sympy", "tensorboard", "torchmetrics"}
+    assert "torch" in done.stdout.split()
+    assert not {*late, "diffusers", "transformers"} & set(done.stdout.split())
+
+
 # ---- methods live in .diff files
 
 # What the library or the literature calls a method, beside what the library defines.

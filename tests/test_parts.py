@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from difftrain.language.part import Part
+from difftrain.models.tangent_attention import _able
 from difftrain.training.parts import drawn
 
 MORE = {"tap": 1, "dropout": 0.1, "times": ("t", "r"), "inputs": ("w", "guess")}
@@ -47,3 +48,8 @@ def test_a_gpu_draws_the_same_law():
     assert ours.is_cuda and ours.equal(_weights("cuda"))
     assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.02)
     assert ours.count_nonzero().item() == pytest.approx(theirs.count_nonzero().item(), rel=1e-3)
+
+
+def test_what_an_operator_needs_is_asked_once():
+    marked = torch.compiler.assume_constant_result(lambda: True)
+    assert vars(_able) == vars(marked)

@@ -244,7 +244,8 @@ def _allot(network: nn.Module, device: torch.device) -> None:
     """Gives every weight memory and no number, as `to_empty` cannot where tensors are shapes."""
     for module in network.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty_like(weight, device=device)))
+            empty = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+            setattr(module, name, nn.Parameter(empty))
 
 
 def _last_names(names: Sequence[str]) -> tuple[str, ...]:
