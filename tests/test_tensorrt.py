@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import exported
 import numpy as np
 import onnx
 import pytest
@@ -307,9 +308,9 @@ def started(bundle: Bundle, device: str = "cpu") -> Opened:
     """A run of a compiled spec, with the weights that training begins with."""
     spec = bundle.read()
     objective, options = spec.objective(), block(spec, "sample")
-    parts = build_parts(objective, Known(), 0, device, size=64, sampling=True)
-    model = evaluate.Model(bundle, evaluate.programs(bundle, device), parts, parts.weights, 7)
     target, data = block(spec, "tensorrt"), block(spec, "data")
+    parts = build_parts(objective, Known(), 0, device, size=data["size"], sampling=True)
+    model = evaluate.Model(bundle, evaluate.programs(bundle, device), parts, parts.weights, 7)
     return Opened(model, objective, options, target, data)
 
 
@@ -501,30 +502,58 @@ def test_noise_of_another_law(tmp_path):
 # ---- on a GPU
 
 
-@pytest.mark.gpu
-@torch.no_grad()
-@pytest.mark.parametrize("solver", ["ddim(steps = 4)", "dpm_solver_pp(steps = 12)"])
-@pytest.mark.parametrize("portable", [True, False])
-def test_the_file_draws_as_the_run(tmp_path, monkeypatch, solver, portable):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run, said = untrained(solver, device="cuda"), []
+TEXTS = ["a red apple", "a tree", "two cats"]
+ASKED = [*(word for text in TEXTS for word in ("--prompt", text)), "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """One place for the engines of a few exports, which share some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def drawing(folder: Path, solver: str, portable: bool, device: str = "cuda"):
+    """(run, file, what was said) of the smallest network with convolutions, attention and norms."""
+    run, said = untrained(solver, device=device, backbone=exported.UNET, size=16), []
     run.target.values["portable"] = portable
-    file = tensorrt.export(run, tmp_path / "emoji", said.append)
+    return run, tensorrt.export(run, folder / "emoji", said.append), said
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("kept")
+@torch.no_grad()
+@pytest.mark.parametrize("portable", [True, False])
+@pytest.mark.parametrize("solver", ["ddim(steps = 2)", "dpm_solver_pp(steps = 12)"])
+def test_the_file_draws_as_the_run(tmp_path, capsys, monkeypatch, solver, portable):
+    monkeypatch.chdir(tmp_path)
+    run, file, said = drawing(tmp_path, solver, portable)
     assert said[-1].startswith("engines: relative errors against the run in fp32")
-    texts = ["a red apple", "a tree", "two cats"]
-    prompts = [word for text in texts for word in ("--prompt", text)]
-    done = run_file(file, *prompts, "--seed", "3", "-o", "a.npz", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    ours = np.load(tmp_path / "a.npz")["x"].astype(float)
+    assert loader.main([str(file), *ASKED, "-o", "a.npz"]) == 0
+    ours = np.load("a.npz")["x"].astype(float)
+    assert np.abs(ours - drawn(run)).mean() < 2
+    assert loader.main([str(file), *ASKED, "--batch", "1", "-o", "b.npz"]) == 0
+    assert np.abs(ours - np.load("b.npz")["x"]).mean() < 2
+    assert loader.main([str(file), *ASKED, "--batch", "9"]) == 2
+    assert "draws batches of 1 to 8, not 9" in capsys.readouterr().err
+
+
+def drawn(run: Opened) -> np.ndarray:
+    """What the run itself draws of the texts, [3, H, W, 3] in 0..255."""
     options = replace(run.sampling, values={**run.sampling.values, "seed": 3})
-    theirs = evaluate.sample(run.model, options, texts, 64)
-    theirs = ((theirs.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
-    assert np.abs(ours - theirs).mean() < 2
-    alone = run_file(file, *prompts, "--seed", "3", "--batch", "1", "-o", "b.npz", cwd=tmp_path)
-    assert alone.returncode == 0, alone.stderr
-    assert np.abs(ours - np.load(tmp_path / "b.npz")["x"]).mean() < 2
-    outside = run_file(file, "--batch", "9", cwd=tmp_path)
-    assert outside.returncode == 2 and "draws batches of 1 to 8, not 9" in outside.stderr
+    made = evaluate.sample(run.model, options, TEXTS, run.data["size"])
+    return ((made.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("kept")
+@torch.no_grad()
+def test_the_file_draws_in_a_process_of_its_own(tmp_path):
+    run, file, _ = drawing(tmp_path, "ddim(steps = 2)", True)
+    done = run_file(file, *ASKED, "-o", "a.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert np.abs(np.load(tmp_path / "a.npz")["x"].astype(float) - drawn(run)).mean() < 2
 
 
 @pytest.mark.gpu

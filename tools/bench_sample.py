@@ -343,7 +343,7 @@ def _first(run: Opened, of: modules.Piece, batch: int) -> list[Tensor]:
 
 def called(of: modules.Piece, module: Callable | None = None) -> Callable:
     """A piece as a function of its inputs in their order."""
-    names, module = list(of.inputs), module or of.module
+    names, module = list(of.inputs), of.module if module is None else module
     return lambda *inputs: module(**dict(zip(names, inputs, strict=True)))
 
 

@@ -75,12 +75,12 @@ def _can_draw(run: Opened) -> None:
 def _sizes(run: Opened) -> list[int]:
     """The sides of pictures that get engines."""
     asked = run.target["sizes"]
-    if run.arrays and asked != []:
+    if run.arrays and asked:
         raise ExportError(
             "`sizes` lists sides of pictures, and this run draws arrays of"
             f" {' x '.join(map(str, run.shape))}: leave it out"
         )
-    if not isinstance(asked, list):
+    if not isinstance(asked, (list, tuple)):
         raise ExportError("`sizes` is a list of sides of pictures: write `sizes = [256, 512]`")
     if wrong := [size for size in asked if type(size) is not int or size < 1]:
         raise ExportError(
