@@ -19,15 +19,15 @@ from difftrain.training.parts import build_parts
 # Relative errors: of the loss and of the gradient's norm the worst of ten steps; of the gradient of
 # the first step, as a vector; and of the way that the weights went in ten. AdamW divides a gradient
 # by its own size, so a weight whose gradient is mostly rounding goes its way by the sign of that.
-# Each is some 2.5 times what it is on a CPU.
+# Each is some 2.5 times what it is uncompiled on a CPU.
 TOLERANCES = {  # network, precision: loss, norm, gradient, way
     ("unet", "fp32"): (1e-6, 5e-6, 3e-6, 3e-4),
     ("unet", "bf16"): (3e-3, 1e-2, 2e-2, 5e-2),
     ("unet", "fp16"): (4e-4, 2e-3, 2e-3, 2e-2),
-    ("dit", "fp32"): (2e-6, 1e-5, 1e-5, 4e-4),
-    ("dit", "bf16"): (1e-3, 1e-2, 2e-2, 6e-2),
-    ("dit", "fp16"): (2e-4, 6e-4, 2e-3, 5e-2),
-    ("dit", "fp8"): (1.5e-2, 9e-2, 1e-1, 2e-1),
+    ("dit", "fp32"): (2e-6, 4e-6, 4e-6, 4e-4),
+    ("dit", "bf16"): (2e-3, 1.2e-2, 2e-2, 6e-2),
+    ("dit", "fp16"): (2.5e-4, 1e-3, 2.5e-3, 4.5e-2),
+    ("dit", "fp8"): (8e-3, 6e-2, 8e-2, 1.6e-1),
     ("differentiated", "fp32"): (5e-7, 3e-6, 2e-6, 6e-6),
     ("differentiated", "bf16"): (1.5e-4, 1.2e-2, 1.2e-2, 3e-2),
     ("differentiated", "fp16"): (3e-5, 8e-4, 2e-3, 6e-3),
@@ -46,7 +46,7 @@ SPECS = {
   process         = ddpm(beta = linear(0.0001, 0.02))
   prediction_type = epsilon
   backbone        = dit.transformer(
-    codec = raw, text = label.classes(count = 9), depth = 2, width = 64, heads = 2
+    codec = raw, text = label.classes(count = 9), depth = 1, width = 64, heads = 2
   )""",
     "differentiated": """
   process         = linear
