@@ -195,6 +195,7 @@ def test_engines_are_kept(source, tmp_path):
     again = cache.engine(source, EVERY, RTX, folder=folder, say=said.append)
     assert again.data == first.data and again.about["inputs"]["x"][0] == "float32"
     assert [line.split(":")[0] for line in said] == [
+        "building the engine of `conv`",
         "built the engine of `conv`",
         "the engine of `conv` was built before",
     ]
