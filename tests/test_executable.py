@@ -132,7 +132,7 @@ def test_an_unknown_setting_is_a_finding(home, capsys):
 
 
 def test_what_may_be_set_leaves_the_step_as_it_is(home):
-    step = {"precision", "optimizer", "warmup", "decay", "clip", "ema"}
+    step = {"precision", "products", "optimizer", "warmup", "decay", "clip", "ema"}
     for kind in ("data", "train", "sample"):
         assert set(schema(kind)) == {*RUNTIME[kind], *(step if kind == "train" else ())}
     values = {"data.size": "32px", "data.batch": "2", "train.steps": "9", "train.seed": "3"}
