@@ -52,6 +52,7 @@ MAY_IMPORT = {
             "tokenizers",
             "safetensors",
             "onnx",
+            "onnx_ir",
             "onnxruntime",
         },
         {"language", "graph", "compiler", "models", "sampling", "training", "export"},
@@ -60,7 +61,15 @@ MAY_IMPORT = {
     "": (set(), OUR),  # the package's own front: difftrain.read, difftrain.objective, cli
 }
 # seconds to import: inside functions only
-LAZY = {"diffusers", "transformers", "huggingface_hub", "onnx", "onnxruntime", "torchmetrics"}
+LAZY = {
+    "diffusers",
+    "transformers",
+    "huggingface_hub",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "torchmetrics",
+}
 
 
 def folder_of(file: Path) -> str:
