@@ -24,7 +24,12 @@ TOLERANCES = {  # network, precision: loss, norm, gradient, way
     ("unet", "fp32"): (1e-6, 5e-6, 3e-6, 3e-4),
     ("unet", "bf16"): (3e-3, 1e-2, 2e-2, 5e-2),
     ("unet", "fp16"): (4e-4, 2e-3, 2e-3, 2e-2),
-    ("dit", "fp32"): (2e-6, 4e-6, 4e-6, 4e-4),
+    ("dit", "fp32"): (
+        6e-6,
+        1.2e-5,
+        1.2e-5,
+        1e-3,
+    ),  # a GPU sums in another order: 3e-6, 5e-6, 5e-6, 4e-4
     ("dit", "bf16"): (2e-3, 1.2e-2, 2e-2, 6e-2),
     ("dit", "fp16"): (2.5e-4, 1e-3, 2.5e-3, 4.5e-2),
     ("dit", "fp8"): (8e-3, 6e-2, 8e-2, 1.6e-1),
