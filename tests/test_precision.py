@@ -19,17 +19,13 @@ from difftrain.training.parts import build_parts
 # Relative errors: of the loss and of the gradient's norm the worst of ten steps; of the gradient of
 # the first step, as a vector; and of the way that the weights went in ten. AdamW divides a gradient
 # by its own size, so a weight whose gradient is mostly rounding goes its way by the sign of that.
-# Each is some 2.5 times what it is uncompiled on a CPU.
+# Each is some 2.5 times what it is uncompiled on a CPU; of fp32 a little more, for a GPU sums in
+# another order.
 TOLERANCES = {  # network, precision: loss, norm, gradient, way
     ("unet", "fp32"): (1e-6, 5e-6, 3e-6, 3e-4),
     ("unet", "bf16"): (3e-3, 1e-2, 2e-2, 5e-2),
     ("unet", "fp16"): (4e-4, 2e-3, 2e-3, 2e-2),
-    ("dit", "fp32"): (
-        6e-6,
-        1.2e-5,
-        1.2e-5,
-        1e-3,
-    ),  # a GPU sums in another order: 3e-6, 5e-6, 5e-6, 4e-4
+    ("dit", "fp32"): (6e-6, 1.2e-5, 1.2e-5, 1e-3),
     ("dit", "bf16"): (2e-3, 1.2e-2, 2e-2, 6e-2),
     ("dit", "fp16"): (2.5e-4, 1e-3, 2.5e-3, 4.5e-2),
     ("dit", "fp8"): (8e-3, 6e-2, 8e-2, 1.6e-1),
