@@ -12,7 +12,7 @@ from difftrain.compiler import kept
 from difftrain.compiler.executable import Damaged, Shelf, pack, place
 from difftrain.training.ahead import NoTarget, target
 from difftrain.training.bundle import compile_text
-from difftrain.training.stepper import Keeping
+from difftrain.training.keeping import Keeping
 
 FACTS = {"device": "a GPU", "torch": "2.11.0", "batch": 4}
 CPU = torch.device("cpu")

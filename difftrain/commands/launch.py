@@ -47,8 +47,9 @@ def _launch(file: Path, argv: list[str]) -> int:
 
 def _train(files: Mapping[str, str], changes: dict[str, str], args, shelf: Shelf) -> int:
     from difftrain.training.bundle import open_bundle
-    from difftrain.training.run import run, say
-    from difftrain.training.stepper import Keeping
+    from difftrain.training.keeping import Keeping
+    from difftrain.training.run import run
+    from difftrain.training.session import say
 
     bundle = open_bundle(files)
     if changed := texts.differences(bundle.manifest):

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from difftrain.compiler.lowering import INDUCTOR
+from difftrain.compiler.lowering import options
 
 Facts = dict[str, object]  # what a compiled step is only good for
 
@@ -44,11 +44,11 @@ def _triton() -> str:
         return "none"
 
 
-def compiled(step: Callable, args: tuple) -> Callable:
+def compiled(step: Callable, args: tuple, forward: bool = False) -> Callable:
     """The step compiled for arguments like these, and for no others: it looks at none again."""
     with torch._dynamo.config.patch(enable_aot_compile=True):
-        options = {**INDUCTOR, "guard_filter_fn": lambda guards: [False] * len(guards)}
-        wrapped = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+        told = {**options(forward), "guard_filter_fn": lambda guards: [False] * len(guards)}
+        wrapped = torch.compile(step, fullgraph=True, dynamic=False, options=told)
         return wrapped.aot_compile((args, {}))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from difftrain.compiler import kept, lowering
 from difftrain.training import averages, evaluate, state
 from difftrain.training.bundle import Bundle, block, recipe, step_inputs, text_part
+from difftrain.training.keeping import facts
 from difftrain.training.known import found
 from difftrain.training.own import importable
 from difftrain.training.parts import (
@@ -19,7 +20,6 @@ from difftrain.training.parts import (
     opened,
 )
 from difftrain.training.start import inherited
-from difftrain.training.stepper import facts
 
 
 class NoTarget(Exception):
@@ -67,7 +67,7 @@ def compiled_for(bundle: Bundle, device: torch.device) -> tuple[kept.Facts, byte
         first = state.fresh(parts.weights, train["seed"], 1, names, train["precision"])
         fed = _batch(parts, data["batch"], data["size"], step_inputs(objective).image)
         args = (first, fed, parts.modules, parts.plan, made.tables["step"])
-        step = kept.compiled(made.step.step, args)
+        step = kept.compiled(made.step.step, args, made.forward)
         taken = kept.take(step, kept.outside(parts.modules, parts.plan))
     return facts(bundle, parts.weights, fed), taken
 

@@ -39,7 +39,7 @@ from difftrain.language.numbers import draws
 from difftrain.language.options import Run, decays, defaults
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective, Spec, read_text
-from difftrain.language.term import is_const
+from difftrain.language.term import is_const, walk
 from difftrain.language.tree import Source
 from difftrain.training import own
 
@@ -171,11 +171,17 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
         "precision": f"{train['precision']} forwards, fp32 weights, moments and average",
         "shapes": {"batch": data["batch"], **picture_shape(data)},
         "streams": [d["name"] for d in draws(loss)],
+        "forward": differentiated(objective),
         "baseline": is_plain(objective),
         "dropping": [d["name"] for d in draws(derivation.read("dropped"))],
         "time": horizon(objective),
         "guidance": own_guidance(objective),
     }
+
+
+def differentiated(objective: Objective) -> bool:
+    """Whether the step differentiates the network forward."""
+    return any(t.op == "jvp" for t in walk(objective.quantity("loss")))
 
 
 def is_plain(objective: Objective) -> bool:

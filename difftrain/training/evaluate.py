@@ -38,6 +38,7 @@ class Programs:
     levels: object
     tables: Mapping[str, Mapping[str, Tensor]]
     dropping: tuple[str, ...]  # the draws that decide who loses the condition
+    forward: bool  # whether the step differentiates the network forward
     baseline: bool  # whether a network that returns the mean of its target can be written down
     noise: object = None  # the noise's own law, where it is not standard normal
 
@@ -50,8 +51,8 @@ def programs(bundle: Bundle, device) -> Programs:
         name: {k: v.to(device, torch.float32) for k, v in module.tables().items()}
         for name, module in modules.items()
     }
-    dropping, baseline = tuple(bundle.manifest["dropping"]), bundle.manifest["baseline"]
-    return Programs(**modules, tables=tables, dropping=dropping, baseline=baseline)
+    facts = {name: bundle.manifest[name] for name in ("forward", "baseline")}
+    return Programs(**modules, tables=tables, dropping=tuple(bundle.manifest["dropping"]), **facts)
 
 
 # ---- samples

@@ -16,7 +16,7 @@ from difftrain.training.state import CheckpointError, newest
 HOME = Path("runs")
 MADE = "averages"  # the folder of averages that were put together after training
 FILES = (SPEC, "step.py", "estimates.py", "levels.py")  # what every run is made of
-TOLD = ("name", "graph", "settings", "time", "guidance", "dropping", "baseline")
+TOLD = ("name", "graph", "settings", "time", "guidance", "dropping", "forward", "baseline")
 INSIDE = ("checkpoints", MADE)  # folders of a run whose files hold weights
 
 

@@ -17,12 +17,11 @@ from difftrain.compiler.step import modules_read
 from difftrain.language.options import Run
 from difftrain.language.part import Part
 from difftrain.language.spec import Objective
-from difftrain.language.term import walk
 from difftrain.models import build, is_foreign
 from difftrain.models.eight import turned
 from difftrain.models.errors import PartError
 from difftrain.training.arrays import Arrays, open_arrays
-from difftrain.training.bundle import ARRAYS, each_part, text_part
+from difftrain.training.bundle import ARRAYS, differentiated, each_part, text_part
 from difftrain.training.known import Known
 from difftrain.training.latents import Prepared, prepare
 from difftrain.training.sources import DataError, Pictures, open_source
@@ -111,7 +110,7 @@ def build_modules(
 ) -> dict[str, nn.Module]:
     """The modules of these names and the encoder, as `make` builds a part. Raises PartError."""
     text = _text(text_part(objective), known, make)
-    context = {"codec": codec, "size": size, "forward_mode": _differentiated(objective)}
+    context = {"codec": codec, "size": size, "forward_mode": differentiated(objective)}
     context |= {"text": text} if text is not None else {}
     context |= {"shape": known.shape} if known.shape else {}
     modules = {"student": make(objective.backbone.part, **context)}
@@ -173,11 +172,6 @@ def _text(part, known: Known, make: Callable) -> nn.Module | None:
     text = make(part, vocabulary=known.vocabulary)
     trained = isinstance(part, tuple) or part.options.get("train")  # those joined know it already
     return text if trained else text.requires_grad_(False)
-
-
-def _differentiated(objective: Objective) -> bool:
-    """Whether the step differentiates the network forwards."""
-    return any(t.op == "jvp" for t in walk(objective.quantity("loss")))
 
 
 def _vision(objective: Objective) -> Part:

@@ -2,75 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from difftrain.compiler import kept, lowering
-from difftrain.compiler.executable import Shelf
-from difftrain.training.bundle import Bundle
-
-if TYPE_CHECKING:
-    from difftrain.training.run import Session
+from difftrain.compiler import lowering
+from difftrain.training.keeping import facts
+from difftrain.training.session import Session, say
 
 TRIAL = 3  # uncompiled steps that are timed before `auto` decides on a CPU
-
-
-def say(line: str) -> None:
-    """One line for the person who waits, beside the progress bar."""
-    tqdm.write(line, file=sys.stderr)
-
-
-def facts(bundle: Bundle, weights: Tensor, batch: Mapping[str, Tensor]) -> kept.Facts:
-    """What a compiled step of a bundle is only good for: a machine, the graph, the shapes."""
-    shapes = {name: list(value.shape) for name, value in batch.items()}
-    shapes |= {"weights": list(weights.shape)}
-    return {**kept.machine(weights.device), "graph": bundle.manifest["graph"], "shapes": shapes}
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """Where a compiled step may be found and, with `store`, is put."""
-
-    shelf: Shelf | None = None
-    store: bool = False
-
-    def has(self, facts: kept.Facts) -> bool:
-        """Whether the file has a compiled step for these facts."""
-        return self.shelf is not None and self.shelf.has(facts)
-
-    def compiled(self, step: Callable, args: tuple, facts: kept.Facts) -> Callable:
-        """The step for arguments like these: as it is kept, or to be compiled."""
-        if self.has(facts):
-            return kept.give(self.shelf.take(facts), step, kept.outside(*args[2:4]))
-        if self.shelf is None or not self.store:
-            return lowering.compiled(step)
-        made = kept.compiled(step, args)
-        self.shelf.put(facts, kept.take(made, kept.outside(*args[2:4])))
-        return made
-
-    def told(self, facts: kept.Facts, had: bool, seconds: float, reading: float) -> str:
-        """One line on where the step came from, the file having `had` it before or not, and on the
-        seconds until its first call was done, those of `reading` it among them."""
-        took = f"{seconds:.1f} s to the first step"
-        if had:
-            return f"the compiled step is out of this file: {took}, {reading:.1f} of them reading"
-        whence = "was found compiled on this machine" if kept.found() else "was compiled"
-        line = f"the step {whence}: {took}"
-        if self.shelf is None:
-            return line
-        if self.store:
-            return f"{line}; it is now kept in `{self.shelf.path.name}`"
-        return (
-            f"{line}; this file has none for {facts['device']}, torch {facts['torch']} and these"
-            " shapes, and `--store` puts it there"
-        )
 
 
 class Stepper:
@@ -121,7 +62,9 @@ class Stepper:
         started, keeping, cuda = time.perf_counter(), self.session.keeping, batch["x0"].is_cuda
         good_for, self.fresh = facts(self.session.bundle, state["weights"], batch), False
         had = keeping.has(good_for)
-        step = keeping.compiled(self.step, (state, batch, *rest), good_for)
+        step = keeping.compiled(
+            self.step, (state, batch, *rest), good_for, self.session.programs.forward
+        )
         reading = time.perf_counter() - started
         self.step = lowering.Replayed(step) if cuda else step
         log = self.step(state, batch, *rest)

@@ -15,7 +15,8 @@ from difftrain.compiler import lowering, update
 from difftrain.training.batches import Batches
 from difftrain.training.bundle import compile_spec
 from difftrain.training.own import importable
-from difftrain.training.run import Session, Stepper, open_session
+from difftrain.training.session import Session, open_session
+from difftrain.training.stepper import Stepper
 
 SPECS = Path(__file__).parent
 DATA = "latents.npz"  # as the specs call it

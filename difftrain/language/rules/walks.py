@@ -20,6 +20,7 @@ from difftrain.language.spec import Spec
 from difftrain.language.tree import Block, Call, Define, Expr, ListOf, Name, Span
 from difftrain.language.worlds import Problem
 
+SPOKEN = ("DIF205", "DIF206", "DIF312")  # of a process that is not the one which is meant
 NEEDED = ("steps", *DEFAULTS)  # what every solver of the library has
 Ends = tuple[float, float]  # of sigma / alpha
 
@@ -98,7 +99,7 @@ def options(case: Case, found: list[Finding]) -> None:
     part, definition = run and run["solver"], _solver(case.spec)
     if part is None or definition is None or case.term("loss") is None:
         return
-    if any(f.code in ("DIF206", "DIF312") for f in found) or None in part.options.values():
+    if any(f.code in SPOKEN for f in found) or None in part.options.values():
         return
     law, before = _law(case), len(found)
     found += _laid_out(case, run, definition, law) if law else ()
