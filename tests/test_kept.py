@@ -75,9 +75,9 @@ def _args() -> tuple:
 def test_a_step_comes_back_as_it_was(shelf, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     wanted = add(*_args())["sum"]
-    made = Keeping(shelf, store=True).compiled(add, _args(), FACTS)
+    made = Keeping(shelf, store=True).compiled(add, _args(), FACTS, False)
     args = _args()
-    again = Keeping(shelf).compiled(add, args, FACTS)
+    again = Keeping(shelf).compiled(add, args, FACTS, False)
     assert made(*_args())["sum"].allclose(wanted)
     assert again(*args)["sum"].allclose(wanted) and args[0]["sum"].allclose(wanted / 2)
     assert [page["device"] for page in shelf.pages()] == ["a GPU"]
