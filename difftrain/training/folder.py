@@ -41,10 +41,13 @@ def place(bundle: Bundle, resume: str, out: str | None) -> tuple[Path, Path | No
     ours = _holds(folder, checkpoint) or (resume == "auto" and _belongs(folder, bundle))
     writable(folder)
     if _taken(folder) and not ours:
-        raise FolderError(
-            f"`{folder}` is there already, and a new run never writes over an old one: give another"
-            " folder, or go on with `--resume auto`"
+        said = (
+            " and holds no run of this objective: give another folder"
+            if resume == "auto"
+            else ", and a new run never writes over an old one: give another folder, or go on with"
+            " `--resume auto`"
         )
+        raise FolderError(f"`{folder}` is there already{said}")
     return folder, checkpoint
 
 
@@ -58,12 +61,16 @@ def free(path: Path, ours: Callable[[Path], bool], other: str) -> None:
 
 
 def writable(path: Path) -> None:
-    """Refuses a place where nothing can be written. Raises FolderError."""
-    home = next(above for above in path.absolute().parents if above.exists())
+    """Refuses a place where nothing can be written, beside it or in it. Raises FolderError."""
+    whole = path.absolute()
+    home = next((above for above in whole.parents if above.exists()), whole)
     if not home.is_dir():
         raise FolderError(f"`{path}` lies in `{home}`, which is no folder: give another place")
-    if not os.access(home, os.W_OK | os.X_OK):
-        raise FolderError(f"nothing can be written in `{home}`: give another place for `{path}`")
+    for folder in (home, whole) if whole.is_dir() else (home,):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise FolderError(
+                f"nothing can be written in `{folder}`: give another place for `{path}`"
+            )
 
 
 def _taken(folder: Path) -> bool:
@@ -78,9 +85,13 @@ def _holds(folder: Path, checkpoint: Path | None) -> bool:
 def _belongs(folder: Path, bundle: Bundle) -> bool:
     """Whether a run of this objective began here, perhaps without reaching a checkpoint."""
     manifest = folder / MANIFEST
-    return (
-        manifest.is_file() and json.loads(manifest.read_text())["graph"] == bundle.manifest["graph"]
-    )
+    if not manifest.is_file():
+        return False
+    try:
+        told = json.loads(manifest.read_text("utf-8"))
+    except ValueError:  # a damaged one belongs to nobody
+        return False
+    return isinstance(told, dict) and told.get("graph") == bundle.manifest["graph"]
 
 
 def _runs(name: str) -> list[Path]:

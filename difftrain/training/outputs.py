@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from difftrain.sampling.pictures import numbered
 from difftrain.training.folder import FolderError, free
@@ -53,12 +53,12 @@ def _own_pictures(folder: Path) -> None:
 
 
 def _drawn(path: Path) -> bool:
-    """Whether a file is one of samples, by what it says of itself."""
-    try:
-        if path.suffix == ARRAYS:
-            with ZipFile(path) as file:
-                return "settings.npy" in file.namelist()
-        with Image.open(path) as picture:
-            return MARK in picture.info
-    except (BadZipFile, UnidentifiedImageError):
-        return False
+    """Whether a file is one of samples, by what it says of itself; a damaged one is none."""
+    with path.open("rb") as data:
+        try:
+            if path.suffix == ARRAYS:
+                return "settings.npy" in ZipFile(data).namelist()
+            # `Image.open` refuses pictures as large as grids can be; this reads the header alone
+            return MARK in PngImageFile(data).info
+        except (BadZipFile, SyntaxError, ValueError, OSError):
+            return False
