@@ -23,8 +23,8 @@ from difftrain.training.own import importable
 from difftrain.training.session import Session, open_session, say
 from difftrain.training.stepper import Stepper
 
-SNAPSHOTS = "snapshots_every"
-REPORTED = ("log_every", "save_every", SNAPSHOTS)  # what a run keeps, it has looked at
+KEPT_EVERY = "snapshots_every"
+REPORTED = ("log_every", "save_every", KEPT_EVERY)  # what a run keeps, it has looked at
 
 
 class RunFailed(Exception):
@@ -90,7 +90,7 @@ def loop(session: Session) -> None:
                 _report(session, bar, board, done, log)
             if "save_every" in due:
                 save(session, done)
-            if SNAPSHOTS in due:
+            if KEPT_EVERY in due:
                 snapshot(session, done)
             if _due(session, done, "sample_every") and done < session.steps:
                 grid(session, done)
@@ -109,7 +109,7 @@ def _due(session: Session, done: int, option: str) -> bool:
     snapshots are only taken of runs that want some."""
     every = session.train[option]
     if not every:
-        return done == session.steps and option != SNAPSHOTS
+        return done == session.steps and option != KEPT_EVERY
     return done == session.steps or done % every == 0
 
 
