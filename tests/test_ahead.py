@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from difftrain.cli import main
@@ -69,13 +70,30 @@ def home(tmp_path):
     return tmp_path
 
 
-def test_a_fresh_process_finds_its_step_in_the_file(home):
+LAST = "step-000000008.safetensors"
+
+
+def near(kept, plain):
+    """Of all that a checkpoint holds of a kept step and of one that was never compiled, in fp32.
+
+    Sums are in another order; 1 - beta2 alone may be 1e-5 of itself away.
+    """
+    moved = plain["weights/student.linear.weight"] - plain["average/student.linear.weight"]
+    assert kept.keys() == plain.keys() and moved.abs().mean() > 1e-4
+    torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_a_fresh_process_finds_its_step_in_the_file(home, monkeypatch):
     said = _python(home, "one", "-m", "difftrain", "compile", "waves.diff")
     assert "the step is compiled for " in said
     said = _python(home, "two", "-I", "waves", "--out", "run")
     assert "the compiled step is out of this file: " in said
     said = _python(home, "two", "-I", "waves", "--out", "run", "--resume", "auto", "--steps", "8")
     assert "resumed at step 6" in said and "the compiled step is out of this file: " in said
+    monkeypatch.chdir(home)
+    options = ("--set", "train.compile=off", "--steps", "8", "--out", "plain")
+    assert main(["train", "waves.diff", *options]) == 0
+    near(*(load_file(home / path / "checkpoints" / LAST) for path in ("run", "plain")))
 
 
 def test_a_resumed_run_finds_its_step_compiled(home):

@@ -265,12 +265,19 @@ def test_a_weaker_model_guides(eps):
 # ---- whole runs
 
 
-def test_pictures_are_the_same_in_any_company(monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "allowed"), [("cpu", 5e-5), pytest.param("cuda", 2e-4, marks=pytest.mark.gpu)]
+)
+def test_pictures_are_the_same_in_any_company(monkeypatch, kind, allowed):
+    """From weights that are all random: fresh ones have zeros in them, which hide what lies before.
+    A GPU takes other kernels for other batches; TF32 would change them by 2e-2."""
     text = tiny.spec(sample="seed = 3").replace("ddim(steps = 2)", "ddim(steps = 2, eta = 1)")
     bundle = compile_text("tiny", text)
     spec = bundle.read()
-    device = lowering.device("cpu")
+    device = lowering.device(kind)
     parts = build_parts(spec.objective(), Known(), 0, device)
+    noise = torch.randn(len(parts.weights), generator=torch.Generator().manual_seed(1))
+    parts.weights.add_(0.1 * noise.to(device))
     model = evaluate.Model(bundle, evaluate.programs(bundle, device), parts, parts.weights, 0)
     options = block(spec, "sample")
     prompts = [f"picture {c}" for c in "abcde"]
@@ -282,8 +289,8 @@ def test_pictures_are_the_same_in_any_company(monkeypatch):
     whole = drawn(64, prompts)
     assert whole.shape == (5, 3, 64, 64)
     for together in (1, 2):
-        torch.testing.assert_close(drawn(together, prompts), whole, rtol=0, atol=1e-5)
-    torch.testing.assert_close(drawn(64, prompts[:2]), whole[:2], rtol=0, atol=1e-5)
+        torch.testing.assert_close(drawn(together, prompts), whole, rtol=0, atol=allowed)
+    torch.testing.assert_close(drawn(64, prompts[:2]), whole[:2], rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize(

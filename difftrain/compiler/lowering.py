@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -94,6 +95,19 @@ def compiled(step: Callable, forward: bool = False) -> Callable:
 def no_more_compiling() -> None:
     """From here on a recompilation raises: the warm-up is over."""
     torch._dynamo.config.error_on_recompile = True
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """In it, products of fp32 numbers are in fp32 on every device: by itself torch lets a GPU round
+    what convolutions multiply to TF32. It holds for the whole process, so for one thread's use."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 WARM_UP = 3  # real steps on a side stream, in which libraries choose their kernels

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from difftrain.compiler.lowering import exact
 from difftrain.export.errors import Parted
 from difftrain.export.opened import Opened
-from difftrain.export.parity import SAMPLES, Recorded, apart, exact
+from difftrain.export.parity import SAMPLES, Recorded, apart
 from difftrain.models.text import TextEncoder
 from difftrain.sampling import solvers
 from difftrain.training import evaluate

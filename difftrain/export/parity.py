@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from torch import Tensor
 
+from difftrain.compiler.lowering import exact
 from difftrain.export.errors import Parted
 from difftrain.export.modules import Decode, Piece
 from difftrain.export.opened import Opened, probe
@@ -233,15 +233,3 @@ def _where(passed: list[Tensor], eager: Eager, allowed: float) -> str:
     if first == len(gaps):
         return f", from the last of {len(gaps)} evaluations on"
     return f", from evaluation {first} of {len(gaps)} on ({gaps[first]:.1e})"
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """Products of fp32 numbers in fp32, on every device."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

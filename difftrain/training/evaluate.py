@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difftrain.compiler.draws import Draws
+from difftrain.compiler.lowering import exact
 from difftrain.language.horizon import own_shift
 from difftrain.language.options import Run
 from difftrain.language.part import Part
@@ -93,11 +94,13 @@ def batches(
     law = made.noise and partial(own_noise, made.noise.compute)
     for index in torch.arange(len(prompts), device=device).split(TOGETHER):
         texts = [prompts[i] for i in index.tolist()]
-        asked = sampler(model, options, index, texts, guide)
         draws = solvers.Draws(options["seed"], index, law)
         like = torch.zeros(len(index), *shape, device=device)
-        x = go(asked, solvers.start(asked, like, grid, draws), grid, draws)
-        yield parts.codec.decode(x).cpu()
+        with exact():
+            asked = sampler(model, options, index, texts, guide)
+            x = go(asked, solvers.start(asked, like, grid, draws), grid, draws)
+            drawn = parts.codec.decode(x).cpu()
+        yield drawn
 
 
 def sampler(
@@ -181,6 +184,7 @@ class Validation:
 
 
 @torch.no_grad()
+@exact()
 def validate(
     made: Programs, parts: Parts, state: Mapping[str, Tensor], unseen: Prepared
 ) -> Validation:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from difftrain.compiler.heads import LogVariance, Projection
 from difftrain.compiler.layout import Layout, gather, layout
+from difftrain.compiler.lowering import exact
 from difftrain.compiler.step import modules_read
 from difftrain.language.options import Run
 from difftrain.language.part import Part
@@ -266,7 +267,7 @@ def encoded(
     if images and isinstance(found, Arrays):
         raise DataError(f"the objective reads `image`, and `{found.name}` holds no pictures")
     tokens = None if parts.text is None else (lambda texts, length: parts.text.ids(texts))
-    with torch.no_grad():
+    with torch.no_grad(), exact():
         return prepare(
             found, parts.codec, tokens, size, cache=cache, device=device, say=say, images=images
         )

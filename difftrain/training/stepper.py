@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -18,11 +19,14 @@ class Stepper:
     """The step, called as it is emitted; how it runs is chosen once. A GPU replays it.
 
     On a CPU `auto` first times a few steps as they are. After the first compiled step nothing may
-    be compiled again.
+    be compiled again. In fp32 nothing is TF32; what a step of lower precision leaves in fp32, such
+    as frozen encoders of pictures, is as torch has it.
     """
 
     def __init__(self, session: Session):
         self.session, self.step = session, session.programs.step.step
+        plain = session.train["precision"] == "fp32"
+        self.products = lowering.exact if plain else nullcontext
         self.seconds: list[float] = []
         self.left = session.steps - session.done
         self.fresh = False  # whether the next call is the first of a compiled step
@@ -34,6 +38,10 @@ class Stepper:
             say("not compiled: too few steps are left to gain from it")
 
     def __call__(self, *args) -> dict[str, Tensor]:
+        with self.products():
+            return self._called(*args)
+
+    def _called(self, *args) -> dict[str, Tensor]:
         if self.undecided and len(self.seconds) == TRIAL:
             self._decide(min(self.seconds))  # the first steps also wake libraries up
         if self.fresh:

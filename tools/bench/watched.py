@@ -24,19 +24,12 @@ Line = dict[str, object]
 
 def main(task: str, result: str) -> None:
     told = json.loads(Path(task).read_text())
-    plainly(told["settings"])
     with Path(result).open("w", buffering=1) as out:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         print(json.dumps({"device": device, "torch": torch.__version__}), file=out)
         watched = watching(told["every"], lambda line: print(json.dumps(line), file=out))
         with watched, chdir(Path(result).parent):
             trained(told)
-
-
-def plainly(settings: Mapping[str, str]) -> None:
-    """In fp32 nothing is TF32."""
-    if settings.get("train.precision") == "fp32":
-        torch.backends.cudnn.allow_tf32 = False
 
 
 def trained(told: Mapping) -> None:
