@@ -87,7 +87,7 @@ def test_a_fresh_process_finds_its_step_in_the_file(home, monkeypatch):
     said = _python(home, "one", "-m", "difftrain", "compile", "waves.diff")
     assert "the step is compiled for " in said
     said = _python(home, "two", "-I", "waves", "--out", "run")
-    assert "the compiled step is out of this file: " in said
+    assert "training `waves` on " in said and "the compiled step is out of this file: " in said
     said = _python(home, "two", "-I", "waves", "--out", "run", "--resume", "auto", "--steps", "8")
     assert "resumed at step 6" in said and "the compiled step is out of this file: " in said
     monkeypatch.chdir(home)
