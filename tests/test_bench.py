@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -9,6 +10,8 @@ from hashlib import sha256
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from select import select
+from threading import Thread
 
 import pytest
 import torch
@@ -109,6 +112,20 @@ def test_the_table_says_what_follows_from_it(tool):
     assert "fused element by element 50.0%, matrix products 50.0%" in said
 
 
+@pytest.mark.parametrize(
+    ("hits", "said"),
+    [
+        ({"fxgraph_cache_hit": 2, "async_compile_cache_miss": 9}, "| 100.0 cached |"),
+        ({"fxgraph_cache_hit": 2, "fxgraph_cache_miss": 1}, "| 100.0 |"),
+        ({"fxgraph_cache_miss": 1}, "| 100.0 |"),
+        ({}, "| 100.0 |"),
+    ],
+)
+def test_a_step_is_cached_if_nothing_of_it_was_missing(tool, hits, said):
+    row = tool("bench_step").chosen("dit", "", tiny=False)
+    assert said in tool("bench.report").line(row, "ours", measured(0.1) | {"hits": hits})
+
+
 def test_a_row_that_does_not_exist_is_told():
     command = [sys.executable, str(TOOLS / "bench_step.py"), "--rows", "sd16"]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -117,32 +134,44 @@ def test_a_row_that_does_not_exist_is_told():
 
 MEASURES = """
 import json, sys, time
+from pathlib import Path
 from bench import gauge
 
-gauge.alone()
-began = time.monotonic()
-time.sleep(0.3)
-with open(sys.argv[1], "w") as out:
-    json.dump([began, time.monotonic()], out)
-sys.exit(sys.argv[2] or None)
+result, says = Path(sys.argv[1]), sys.argv[2]
+result.with_suffix(".here").touch()
+while len([*result.parent.glob("*.here")]) < 3:
+    time.sleep(0.01)
+times = []
+if says == "compiles":
+    while len([*result.parent.glob("*.json")]) < 2:
+        times.append(time.monotonic())
+        time.sleep(0.01)
+else:
+    gauge.alone()
+    times.append(time.monotonic())
+    time.sleep(1)
+    times.append(time.monotonic())
+result.write_text(json.dumps(times))
+sys.exit(says if says == "it fell over" else None)
 """
 
 
 def test_processes_side_by_side_measure_one_after_the_other(tool, tmp_path):
+    """They want to at the same time, and a third does something else all the while."""
     crew, ended = tool("bench.crew"), {}
     works = []
-    for number in range(3):
+    for number, says in enumerate(("", "it fell over", "compiles")):
         result = tmp_path / f"{number}.json"
-        said = "it fell over" if number == 1 else ""
-        works.append(crew.Work(("-c", MEASURES, str(result), said), result))
+        works.append(crew.Work(("-c", MEASURES, str(result), says), result))
 
     def told(running, error):
         ended[running.work.result] = error
 
-    crew.Crew(["0"], 3, 60, told).run([[work] for work in works])
+    crew.Crew(["0"], 3, 300, told).run([[work] for work in works])
     assert [ended[work.result] for work in works] == ["", "it fell over", ""]
-    spans = sorted(json.loads(work.result.read_text()) for work in works)
-    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+    *spans, others = (json.loads(work.result.read_text()) for work in works)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(sorted(spans)))
+    assert others and not any(begin < t < end for t in others for begin, end in spans)
 
 
 def test_what_is_not_done_in_time_is_ended_and_told(tool, tmp_path):
@@ -150,6 +179,42 @@ def test_what_is_not_done_in_time_is_ended_and_told(tool, tmp_path):
     work = crew.Work(("-c", "import time; time.sleep(60)"), tmp_path / "late.json")
     crew.Crew(["0"], 1, 0.5, lambda _, error: ended.append(error)).run([[work], [work]])
     assert ended == [crew.LATE]
+
+
+STARTS = (
+    "import subprocess as s, sys; s.run(['sh', '-c', f'(echo begun; sleep 60) > {sys.argv[1]}'])"
+)
+
+
+def test_what_a_process_started_ends_with_it(tool, tmp_path):
+    crew, pipe = tool("bench.crew"), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    held = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    one = crew.Crew(["0"], 1, 60, print)
+    crewing = Thread(
+        target=one.run, args=[[[crew.Work(("-c", STARTS, str(pipe)), tmp_path / "a.json")]]]
+    )
+    crewing.start()
+    said = []
+    for _ in range(2):
+        assert select([held], [], [], 30)[0]
+        said.append(os.read(held, 99))
+        one.stop()
+    crewing.join()
+    os.close(held)
+    assert said == [b"begun\n", b""]  # nobody is left who might write
+
+
+def test_what_was_said_may_end_inside_a_character(tool, tmp_path):
+    step, crew = tool("bench_step"), tool("bench.crew")
+    args = Namespace(gpu="0", together=1, limit=1, set=[], json=None)
+    bench = step.Bench({}, args)
+    work = crew.Work((), tmp_path / "a.json")
+    work.log.write_bytes("begun\nkilled at 99 %…".encode()[:-1])
+    bench.keys[work.result] = [("dit", "ours")]
+    bench._keep(crew.Running(work, [], "0", None), crew.last_line(work.log))
+    found = bench.results["dit", "ours"]
+    assert found["error"].startswith("killed at 99 %") and found["log"].startswith("begun\n")
 
 
 def test_works_wait_for_room_on_a_gpu(tool, tmp_path, monkeypatch):
@@ -197,6 +262,16 @@ def test_the_best_batch_of_several_is_told(tool):
     said = report.table(asked, results, [])
     assert "ours 640.0 img/s at 128, (b) compiled 492.3 at 64: 1.30 times as fast" in said
     assert "ours is 1.60 times as fast as (b) compiled, on GPUs with 790 and 790 TFLOP/s" in said
+
+
+def test_a_row_without_a_bar_is_told_at_several_batches(tool):
+    step, rows, report = tool("bench_step"), tool("bench.rows"), tool("bench.report")
+    asked = {name: step.chosen(name, "", tiny=False) for name in ("dream", "dream:8")}
+    pair = {rows.PLAIN: measured(0.1), rows.DREAM: measured(0.14)}
+    results = {(name, label): one for name in asked for label, one in pair.items()}
+    said = report.table(asked, results, [])
+    for batch in (16, 8):
+        assert f"- DREAM, batch {batch}: a step of ours, DREAM takes 1.40 times one of ours" in said
 
 
 def test_the_update_alone_is_that_of_a_step(tool):

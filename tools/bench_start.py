@@ -27,7 +27,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from threading import Timer
 
-import numpy as np
+from bench.latents import write_data
 
 HERE = Path(__file__).resolve().parent
 SPECS = ("../specs/recipes/emoji64.diff", "bench/dit.diff")
@@ -39,7 +39,7 @@ COLUMNS = (
 )  # fmt: skip
 OURS = "import difftrain.training.run, difftrain.models.attention"
 COMPILER = "import torch._dynamo, torch._inductor.compile_fx"
-ROWS, SIDE, CLASSES = 256, 32, 1000  # of the random latents that the specs of bench read
+ROWS, SIDE = 256, 32  # of the random latents that the specs of bench read
 
 
 @dataclass
@@ -69,7 +69,7 @@ def main() -> None:
 
 def line(spec: Path, folder: Path, args: argparse.Namespace) -> str:
     """A line of the table: compile, wipe, start afresh."""
-    write_data(folder / "latents.npz", args.side)
+    write_data(folder, ROWS, args.side)
     made = folder / spec.stem
     took = compiled(spec, made, args.target, args.set, args.limit)
     ours, both = (imported(made, code) for code in (OURS, f"{OURS}; {COMPILER}"))
@@ -81,14 +81,6 @@ def line(spec: Path, folder: Path, args: argparse.Namespace) -> str:
     seconds = (took, made.stat().st_size / 1e6, ours, both - ours, stands, stepped - stands)
     cells = [f"{n:.1f}" for n in (*seconds, reading, stepped)]
     return f"| {' | '.join([spec.stem, *cells, starts[-1].said])} |"
-
-
-def write_data(path: Path, side: int) -> None:
-    """Random latents with a caption and a class each, for specs that read them."""
-    random = np.random.default_rng(0)
-    latents = random.standard_normal((ROWS, 4, side, side), dtype=np.float32)
-    captions = np.array([f"latents of picture {i}" for i in range(ROWS)])
-    np.savez(path, x=latents, label=random.integers(0, CLASSES, ROWS), caption=captions)
 
 
 def compiled(spec: Path, out: Path, target: str, changes: Sequence[str], limit: float) -> float:

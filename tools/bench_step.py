@@ -125,7 +125,7 @@ class Bench:
     def _keep(self, running: Running, error: str) -> None:
         """What is written down of a process that ended."""
         work = running.work
-        found = {"error": error, "log": work.log.read_text()[-20_000:]}
+        found = {"error": error, "log": work.log.read_text(errors="replace")[-20_000:]}
         if not error:
             found = {"gpu": running.gpu, **json.loads(work.result.read_text())}
             began, ended = found["first"]

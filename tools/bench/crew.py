@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,12 @@ class Running:
         self.pauses[-1][1] = time.monotonic()
         self.process.send_signal(signal.SIGCONT)
 
+    def kill(self) -> None:
+        """Ends it and what it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
     def waited(self, start: float, end: float) -> float:
         """Seconds from `start` to `end` in which it was made to wait."""
         return sum(max(0.0, min(b, end) - max(a, start)) for a, b in self.pauses)
@@ -89,15 +96,17 @@ class Crew:
     def run(self, pieces: Sequence[Sequence[Work]]) -> None:
         """Until everything ended or the time is up."""
         waiting = [list(piece) for piece in pieces]
-        while (waiting or self.running) and time.monotonic() < self.end:
-            self._collect()
-            self._grant()
-            while started := self._start(waiting):
-                waiting.remove(started)
-            time.sleep(0.05)
+        try:
+            while (waiting or self.running) and time.monotonic() < self.end:
+                self._collect()
+                self._grant()
+                while started := self._start(waiting):
+                    waiting.remove(started)
+                time.sleep(0.05)
+        finally:  # sessions of their own do not hear when this one is interrupted
+            for one in self.running:
+                one.kill()
         for one in self.running:
-            one.process.kill()
-            one.process.wait()
             self.told(one, LATE)
         self.running.clear()
 
@@ -163,6 +172,7 @@ class Crew:
                 env=self._surroundings(gpu, work),
                 stdout=out,
                 stderr=out,
+                start_new_session=True,
             )
         self.running.append(Running(work, rest, gpu, process))
 
@@ -191,5 +201,7 @@ def size(gpu: str) -> float:
 
 
 def last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+    """The last line that a process said, which may have been killed inside a character."""
+    said = log.read_text(errors="replace").splitlines()
+    lines = [line.strip() for line in said if line.strip()]
     return lines[-1][:160] if lines else "it said nothing"

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 from bench.crew import TURN
+from bench.kernels import Kernels
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 SIDE, PRODUCTS = 8192, 20  # of the matrix products that the machine's rate is taken from
 WARM_UP = 8  # steps before any is timed; a graph is recorded in them
 BLOCK = 5  # steps that are timed together
-Kernels = dict[str, tuple[int, float]]  # by name: how often launched, and microseconds in all
 
 
 def wait() -> None:
@@ -67,17 +67,12 @@ def kernels(work: Callable[[], object]) -> Kernels:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
         wait()
-    found: Kernels = {}
+    found: dict[str, tuple[int, float]] = {}
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and event.name[:3] != "Mem":
             count, spent = found.get(event.name, (0, 0.0))
             found[event.name] = (count + 1, spent + event.device_time)
     return found
-
-
-def launches(found: Kernels) -> int:
-    """How many kernels were launched."""
-    return sum(count for count, _ in found.values())
 
 
 def compilations() -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 from bench import gauge, ours
+from bench.kernels import launches
+from bench.latents import CLASSES
 from peers.loop import FORMS, Loop
 from peers.networks import NETWORKS
 
@@ -41,7 +43,7 @@ def updates(session: ours.Session) -> int:
     """The kernels of what a step does with its gradient."""
     update = ours.updating(session)
     update()
-    return gauge.launches(gauge.kernels(update))
+    return launches(gauge.kernels(update))
 
 
 def peer_measured(told: Mapping) -> dict[str, object]:
@@ -52,7 +54,7 @@ def peer_measured(told: Mapping) -> dict[str, object]:
     with torch.device(device):
         network, call = NETWORKS[told["network"]](**told["sizes"], side=side)
         latents = torch.randn(batch, 4, side, side, dtype=precision)
-        classes = torch.randint(0, ours.CLASSES, (batch,))
+        classes = torch.randint(0, CLASSES, (batch,))
         cond = torch.randn(batch, 77, 768, dtype=precision) if told["family"] == "unet" else classes
     form = FORMS[told["form"]]
     x = latents.to(memory_format=torch.channels_last) if form.channels_last else latents
@@ -62,7 +64,7 @@ def peer_measured(told: Mapping) -> dict[str, object]:
     loop = Loop(network, call, form, precision)
     found = gauge.timed(lambda: loop.step(x, cond, told["dream"]), told["steps"])
     inside = gauge.kernels(lambda: loop.backbone(x, cond))
-    outside = gauge.launches(found["kernels"]) - gauge.launches(inside)
+    outside = launches(found["kernels"]) - launches(inside)
     return {"flops": flops, "outside": outside, **found}
 
 

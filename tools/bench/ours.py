@@ -7,8 +7,8 @@ from contextlib import chdir, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
+from bench.latents import write_data
 from torch import Tensor
 
 from difftrain.compiler import lowering, update
@@ -19,19 +19,8 @@ from difftrain.training.session import Session, open_session
 from difftrain.training.stepper import Stepper
 
 SPECS = Path(__file__).parent
-DATA = "latents.npz"  # as the specs call it
-CLASSES = 1000
 MANY = 1_000_000  # steps, so that none is the last one
 FED = {"latents": "x0", "index": "index", "input_ids": "input_ids"}
-
-
-def write_data(folder: Path, count: int, side: int) -> None:
-    """Random latents [count, 4, side, side], each with a caption and a class."""
-    random = np.random.default_rng(0)
-    latents = random.standard_normal((count, 4, side, side), dtype=np.float32)
-    classes = random.integers(0, CLASSES, count)
-    captions = np.array([f"latents of picture {i}" for i in range(count)])
-    np.savez(folder / DATA, x=latents, label=classes, caption=captions)
 
 
 @contextmanager

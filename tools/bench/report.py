@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 
+from bench.kernels import kinds, launches, plain_names
 from bench.rows import Key, Row
 
-KINDS = {  # of kernels, by what their names say; the first that fits
-    "attention": r"flash|fmha|sdpa|attention|attn",
-    "convolutions": r"conv|fprop|dgrad|wgrad|nhwc|nchw",
-    "matrix products": r"gemm|nvjet|cutlass|cublas|splitK|matmul|_mm_",
-    "fused reductions": r"^triton_(red|per)",
-    "fused element by element": r"^triton_poi",
-}
 NOISE = "_words"  # the kernel that draws
 HEAD = "row | batch | how | img/s | share | memory GB | first s | kernels | outside | recompiled"
 
@@ -48,13 +40,14 @@ def line(row: Row, label: str, found: Mapping) -> str:
     if "error" in found:
         return f"{start} {found['error']} |" + " |" * 6
     held = " / ".join(f"{found[k]:.1f}" for k in ("allocated", "reserved") if k in found)
-    hit = " cached" * any("fxgraph_cache_hit" in name for name in found["hits"])
+    asked = {name for name in found["hits"] if name.startswith("fxgraph_cache")}
+    hit = " cached" * (asked == {"fxgraph_cache_hit"})  # nothing was missing
     cells = [
         f"{row.batch / found['seconds']:.1f}",
         f"{found['share']:.1%}",
         held,
         f"{found['first']:.1f}{hit}",
-        str(launched(found) or "-"),
+        str(launches(found["kernels"]) or "-"),
         str(found.get("outside") or "-"),
         str(found["recompiled"]),
     ]
@@ -67,12 +60,8 @@ def beyond(row: Row, found: Mapping[str, dict]) -> None:
         whole, bare = (found[label] for label in row.around)
         if bare.get("update"):
             bare["outside"] = bare["update"]
-            whole["outside"] = launched(whole) - launched(bare) + bare["update"]
-
-
-def launched(found: Mapping) -> int:
-    """The kernels of a step."""
-    return sum(count for count, _ in found["kernels"].values())
+            more = launches(whole["kernels"]) - launches(bare["kernels"])
+            whole["outside"] = more + bare["update"]
 
 
 def sentences(row: Row, found: Mapping[str, Mapping]) -> Iterator[str]:
@@ -116,11 +105,12 @@ def around(whole: Mapping, bare: Mapping) -> str:
 
 
 def best(rows: Mapping[str, Row], results: Mapping[Key, Mapping]) -> Iterator[str]:
-    """Where a network was measured at several batches: the best of ours, and of the bars."""
+    """Where a network was measured at several batches: the best of ours, and of the bars, where
+    the row has any."""
     alike: dict[str, list[tuple[str, Row]]] = {}
     for name, row in rows.items():
         alike.setdefault(name.partition(":")[0], []).append((name, row))
-    for several in (rows for rows in alike.values() if len(rows) > 1):
+    for several in (some for some in alike.values() if len(some) > 1 and some[0][1].faster):
         ours, *bars = several[0][1].faster
         tops = [top(several, results, labels) for labels in ([ours], bars)]
         if all(tops):
@@ -141,22 +131,3 @@ def top(
         (batch / one["seconds"], batch, label) for one, batch, label in found if "seconds" in one
     ]
     return max(rates, default=None)
-
-
-def plain_names(kernels: Mapping[str, Sequence]) -> Counter[str]:
-    """How often each kernel is launched, without the running numbers of their names."""
-    found: Counter[str] = Counter()
-    for name, (times, _) in kernels.items():
-        found[re.sub(r"_\d+(?=$|_)", "", name)] += times
-    return found
-
-
-def kinds(kernels: Mapping[str, Sequence]) -> str:
-    """Which share of the time in kernels each kind takes."""
-    spent: Counter[str] = Counter()
-    for name, (_, microseconds) in kernels.items():
-        kind = next((k for k, pattern in KINDS.items() if re.search(pattern, name)), "others")
-        spent[kind] += microseconds
-    total = sum(spent.values())
-    shares = ", ".join(f"{kind} {part / total:.1%}" for kind, part in spent.most_common())
-    return f"{total / 1000:.1f} ms in kernels: {shares}"
