@@ -279,6 +279,9 @@ def test_an_absent_package(home, capsys, monkeypatch):
 def test_every_extra_names_its_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
+    every = [one for extra in extras if extra != "test" for one in extras[extra]]
+    named = {re.match(r"[\w-]+", one)[0].replace("-", "_") for one in every}
+    assert named - {"difftrain"} == EXTRAS.keys()
     for package, extra in EXTRAS.items():
         assert any(re.match(rf"{package.replace('_', '-')}\b", wanted) for wanted in extras[extra])
         told = failure(ModuleNotFoundError(f"No module named '{package}'", name=package))

@@ -25,6 +25,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "notes.diff").write_text("diff 1\n")
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (4, 4)).save("mine.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "mine.png").read_bytes()[:20])
     np.savez("data.npz", x=np.ones(3))
     os.mkfifo("pipe.png")
     for folder in ("folder.png", "photos-pictures"):
@@ -53,6 +54,7 @@ def home(tmp_path, monkeypatch):
         ),
         (".png", "mine.png", None, "`mine.png` is there already and holds no samples"),
         (".png", "text.png", None, "`text.png` is there already and holds no samples"),
+        (".png", "cut.png", None, "`cut.png` is there already and holds no samples"),
         (".png", "pipe.png", None, "`pipe.png` is there already and holds no samples"),
         (".npz", "data.npz", None, "`data.npz` is there already and holds no samples"),
         (".png", "folder.png", None, "`folder.png` is a folder"),
@@ -149,6 +151,16 @@ def test_samples_replace_samples(home):
     write_arrays(home / "run-samples.npz", ["a"], settings, "x", [np.ones(1)])
     assert [str(p) for p in places("run", ".npz", None, None)][0] == "run-samples.npz"
     write_pngs("run-pictures", [torch.zeros(2, 4, 4, 3, dtype=torch.uint8)], [settings] * 2)
+    assert [str(p) for p in places("run", ".png", None, None)] == ["run.png", "run-pictures"]
+
+
+def test_samples_are_known_at_any_size(home, monkeypatch):
+    """Grids may be larger than what Pillow opens."""
+    write_pngs("run-pictures", [torch.zeros(1, 4, 4, 3, dtype=torch.uint8)], [{"graph": "0"}])
+    os.rename("run-pictures/0000.png", "run.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open("run.png")
     assert [str(p) for p in places("run", ".png", None, None)] == ["run.png", "run-pictures"]
 
 
