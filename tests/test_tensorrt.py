@@ -1,7 +1,9 @@
 """Engines, the cache of engines, and the file that draws with them.
 
-Engines are built for real: TensorRT-RTX needs no GPU for that. Torch-TensorRT cannot be had without
-one, so that what it is called with is looked at on a stand-in.
+Engines are built for real: TensorRT-RTX needs no GPU for that. To open one it needs a GPU, and its
+inspector asks for an open engine: without one, what is looked at is the network that was parsed
+(the layers that a manifest lists) and the first bytes of an engine. Torch-TensorRT cannot be had
+without a GPU, so that what it is called with is looked at on a stand-in.
 """
 
 import json
@@ -218,6 +220,40 @@ def test_what_an_engine_is_found_by(source, tmp_path):
     assert cache.hashes(other)[0] != graph
 
 
+@pytest.fixture
+def anywhere(monkeypatch):
+    """Engines for one GPU and those that take new weights are built on a GPU alone: a plain one
+    stands in for them."""
+    monkeypatch.setattr(cache, "build", lambda source, _, maker: build(source, EVERY, maker))
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_an_engine_for_one_gpu_is_no_other_s(source, tmp_path, monkeypatch):
+    said, folder = [], tmp_path / "kept"
+    for profile in (EVERY, replace(EVERY, portable=False)):
+        for capability in ((9, 0), (8, 9), (9, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda it=capability: it)
+            cache.engine(source, profile, RTX, folder=folder, say=said.append)
+    kept = [line == "the engine of `conv` was built before" for line in said if "KiB" not in line]
+    assert kept == [False, True, True, False, False, True]
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_an_engine_that_takes_no_new_weights_is_built_again(source, tmp_path):
+    said, folder, profile = [], tmp_path / "kept", Profile(refit=True)
+    cache.engine(source, profile, RTX, folder=folder, say=said.append)
+    (place,) = folder.glob("*.engine")
+    place.write_bytes(b"no engine")
+    other = convolution(tmp_path / "b.onnx", 0.25)
+    data, why = engine.refitted(cache._read(place), other)
+    assert data is None and why
+    made = cache.engine(other, profile, RTX, folder=folder, say=said.append)
+    assert said[-1] == f"`conv` is built again, as its engine takes no new weights: {why}"
+    assert made.data[:4] == b"vtrt" and place.read_bytes() == made.data
+    assert cache.engine(other, profile, RTX, folder=folder, say=said.append).data == made.data
+    assert said[-1] == "the engine of `conv` was built before"
+
+
 # ---- tokens without the packages of training
 
 
@@ -385,6 +421,72 @@ def test_the_file_holds_engines_and_a_loader(made):
     assert said[-1].startswith("ONNX files, as here is no GPU: relative errors against the run")
 
 
+SIDES = [16, 32]
+
+
+@pytest.fixture(scope="module")
+def sided(tmp_path_factory):
+    """A run of two evaluations, and its file for pictures of two sizes."""
+    folder = tmp_path_factory.mktemp("sided")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        plain = exported.UNET.replace("attention = [0]", "attention = []")
+        run, file, _ = drawing(folder, "ddim(steps = 2)", True, "cpu", SIDES, plain)
+        return run, file
+
+
+def inspected(file: Path) -> dict:
+    """The manifest of a file."""
+    with zipfile.ZipFile(file) as archive:
+        return json.loads(archive.read("manifest.json"))
+
+
+def test_an_engine_of_a_whole_sampler(sided):
+    """It asks its network twice: of layers, those of the network that was parsed are counted."""
+    run, file = sided
+    with zipfile.ZipFile(file) as archive:
+        assert archive.read("engines/sampler-16.engine")[:4] == b"vtrt"
+    (told,) = (e for e in inspected(file)["engines"] if e["file"] == "engines/sampler-16.engine")
+    once = sum(isinstance(m, torch.nn.Conv2d) for m in run.parts.modules["student"].modules())
+    assert once > 9 and len(run.table.rows) == 2
+    counts = {name: n for name, n in told["layers"].items() if name.startswith("convolution")}
+    assert counts == {"convolution float16": 2 * once}
+    assert told["inputs"]["noise"] == ["float32", ["batch", 3, 16, 16]]
+
+
+def test_a_file_of_two_sizes(sided):
+    manifest, sides = inspected(sided[1]), {side: f"-{side}.engine" for side in SIDES}
+    with zipfile.ZipFile(sided[1]) as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith("engines/"))
+    both = [f"engines/{piece}{end}" for piece in ("decode", "sampler") for end in sides.values()]
+    assert names == [*both, "engines/text.engine"]
+    assert manifest["sizes"] == SIDES
+    assert manifest["shapes"] == {str(side): [3, side, side] for side in SIDES}
+    for side, end in sides.items():
+        chosen = loader.engines_of(manifest, side)
+        assert sorted(e["file"] for e in chosen) == [*(n for n in names if end in n), names[-1]]
+        noise = next(e["inputs"]["noise"] for e in chosen if e["piece"] == "sampler")
+        assert noise[1] == ["batch", 3, side, side]
+
+
+def test_a_size_that_a_file_of_two_has_not(sided, capsys):
+    assert loader.main([str(sided[1]), "--prompt", "a", "--size", "24"]) == 2
+    assert capsys.readouterr().err == (
+        "error: this file holds engines for a size of 16 or 32, not 24: export again with that"
+        " size\n"
+    )
+
+
+def test_an_engine_that_does_not_run_is_told(sided):
+    run, damaged = sided[0], engine.Engine(b"no engine", about(batch=[1, 8]))
+    made = pieces(run, "fp16")
+    with pytest.raises(ExportError) as problem:
+        tensorrt._held(run, made, tensorrt.running(made, dict.fromkeys(made, damaged)))
+    says = str(problem.value)
+    assert says.startswith("the engine `sampler` does not run here: ")
+    assert says.endswith("; export to another target, such as `onnx`")
+
+
 def run_file(file: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
     """The file, run in a process that does not see this checkout."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -515,10 +617,12 @@ def kept(tmp_path_factory):
         yield
 
 
-def drawing(folder: Path, solver: str, portable: bool, device: str = "cuda"):
+def drawing(
+    folder: Path, solver: str, portable: bool, device="cuda", sizes=(), backbone=exported.UNET
+):
     """(run, file, what was said) of the smallest network with convolutions, attention and norms."""
-    run, said = untrained(solver, device=device, backbone=exported.UNET, size=16), []
-    run.target.values["portable"] = portable
+    run, said = untrained(solver, device=device, backbone=backbone, size=16), []
+    run.target.values.update(portable=portable, sizes=list(sizes))
     return run, tensorrt.export(run, folder / "emoji", said.append), said
 
 
@@ -558,6 +662,16 @@ def test_the_file_draws_in_a_process_of_its_own(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("size", SIDES)
+def test_a_file_draws_at_each_of_its_sizes(tmp_path, monkeypatch, size):
+    monkeypatch.chdir(tmp_path)
+    _, file, _ = drawing(tmp_path, "ddim(steps = 2)", True, sizes=SIDES)
+    assert loader.main([str(file), *ASKED, "--size", str(size), "-o", "a.npz"]) == 0
+    assert np.load("a.npz")["x"].shape == (3, size, size, 3)
+
+
+@pytest.mark.gpu
 def test_new_weights_by_refit(source, tmp_path):
     said, folder = [], tmp_path / "kept"
     profile = Profile(1, 8, refit=True)
@@ -565,7 +679,7 @@ def test_new_weights_by_refit(source, tmp_path):
     other = convolution(tmp_path / "b.onnx", 0.25)
     made = cache.engine(other, profile, RTX, folder=folder, say=said.append)
     assert len(list(folder.glob("*.engine"))) == 1
-    assert said[-1].startswith(("gave the engine of `conv` new weights", "built the engine"))
+    assert said[-1] == "gave the engine of `conv` new weights"
     x = torch.randn(2, 4, 8, 8, device="cuda")
     kernel = torch.full((4, 4, 3, 3), 0.25, device="cuda")
     expected = x + torch.nn.functional.conv2d(x, kernel, padding=1)

@@ -1,7 +1,8 @@
 """Engines that were built before: found by what they were built from.
 
-An engine holds the weights of its graph, so the key is both; one that can be refitted is found by
-its graph alone, and gets the weights that are wanted.
+An engine holds the weights of its graph, so the key is both, beside what builds it and the GPU that
+it is built for; one that can be refitted is found without its weights, and gets those that are
+wanted.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-from difftrain.export.engine import Engine, Library, Profile, Source, build, refitted
+from difftrain.export.engine import Engine, Library, Profile, Source, build, built_for, refitted
 
 Say = Callable[[str], object]
 CHUNK = 1 << 24  # bytes of weights that are read at a time
@@ -30,7 +30,7 @@ def engine(
     """The engine of a piece: as it was built before, refitted, or built now and kept."""
     folder = folder or home()
     graph, weights = hashes(source.onnx)
-    named = {**asdict(profile), "library": maker.package, "version": maker.version, "graph": graph}
+    named = {**built_for(maker, profile), "graph": graph}
     named |= {} if profile.refit else {"weights": weights}
     place = folder / f"{_digest(json.dumps(named, sort_keys=True).encode())}.engine"
     if (found := _read(place)) is None:

@@ -110,10 +110,11 @@ def build(source: Source, profile: Profile, maker: Library) -> Engine:
     """The engine of a source. Raises ExportError."""
     make = _from_program if maker.builder == "torch_tensorrt" else _from_onnx
     data, described = make(source, profile, maker)
-    return Engine(data, {**_about(maker, profile), **described})
+    return Engine(data, {**built_for(maker, profile), **described})
 
 
-def _about(maker: Library, profile: Profile) -> dict[str, object]:
+def built_for(maker: Library, profile: Profile) -> dict[str, object]:
+    """By what and for what an engine is built, as its manifest says it."""
     here = f"{PORTABLE} or later" if profile.portable else capability()
     return {
         "library": maker.package,

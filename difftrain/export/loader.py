@@ -115,18 +115,13 @@ class Sampler:
 
     def __init__(self, archive: zipfile.ZipFile, manifest: Mapping, size: int, batch: int | None):
         self.manifest, self.low, self.high = manifest, *manifest["batch"]
-        if size not in manifest["sizes"]:
-            raise Refused(
-                f"this file holds engines for a size of {_listed(manifest['sizes'])}, not {size}:"
-                " export again with that size"
-            )
+        engines = engines_of(manifest, size)
         if batch is not None and not self.low <= batch <= self.high:
             raise Refused(
                 f"this file draws batches of {self.low} to {self.high}, not {batch}: export"
                 f" again with `batch = {min(self.low, batch)}..{max(self.high, batch)}`"
             )
         self.high = batch or self.high
-        engines = [e for e in manifest["engines"] if e["size"] in (size, None)]
         for about in engines:
             runtime(about)
             gpu(about)
@@ -168,6 +163,16 @@ class Sampler:
         rows = [torch.as_tensor(encoder.ids(texts)) for encoder in self.encoders]
         ids = torch.cat(rows, 1).to("cuda", torch.int64)
         return self.parts["text"](ids)[0] if "text" in self.parts else ids
+
+
+def engines_of(manifest: Mapping, size: int) -> list[Mapping]:
+    """What is said of the engines that draw at a size; that of texts serves all. Raises Refused."""
+    if size not in manifest["sizes"]:
+        raise Refused(
+            f"this file holds engines for a size of {_listed(manifest['sizes'])}, not {size}:"
+            " export again with that size"
+        )
+    return [engine for engine in manifest["engines"] if engine["size"] in (size, None)]
 
 
 def _runner(archive: zipfile.ZipFile, about: Mapping) -> Runner:

@@ -22,7 +22,7 @@ from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
 from difftrain.export.package import encoders, pack
 from difftrain.export.parity import Call, Report, by_step, gate
-from difftrain.export.running import Runner
+from difftrain.export.running import Refused, Runner
 from difftrain.export.trace import batches, traced
 from difftrain.models.errors import PartError
 from difftrain.models.foreign import reason
@@ -108,7 +108,7 @@ def wanted(run: Opened, say: Say) -> Profile:
 def _sized(run: Opened, size: int, profile: Profile, maker: Library, say: Say) -> Sized:
     """Modules and engines at a size, held against the run."""
     run = replace(run, data=replace(run.data, values={**run.data.values, "size": size}))
-    precision, made = run.target["precision"], pieces(run, run.target["precision"])
+    made = pieces(run, run.target["precision"])
     _takes(made["backbone"], size)
     with tempfile.TemporaryDirectory() as folder:
         sources = dict(_sources(made, Path(folder), profile, say))
@@ -120,9 +120,17 @@ def _sized(run: Opened, size: int, profile: Profile, maker: Library, say: Say) -
         }
         files = {name: source.onnx for name, (source, _) in sources.items()}
         call = running(made, engines) if here else onnx.sessions(made, files, run.device)
-        report = gate(run, made, call if "backbone" in sources else by_step(made, call), precision)
+        report = _held(run, made, call if "backbone" in sources else by_step(made, call))
     say(f"{'engines' if here else 'ONNX files, as here is no GPU'}: {report}")
     return Sized(run, made, {n: e for n, e in engines.items() if n != "backbone"}, report)
+
+
+def _held(run: Opened, made: Mapping[str, Piece], call: Call) -> Report:
+    """How far what is called is from the run. Raises ExportError, also for engines that fail."""
+    try:
+        return gate(run, made, call, run.target["precision"])
+    except Refused as problem:
+        raise ExportError(f"{problem}; export to another target, such as `onnx`") from problem
 
 
 @torch.no_grad()
@@ -154,9 +162,11 @@ def _sources(
 
 def running(made: Mapping[str, Piece], engines: Mapping[str, Engine]) -> Call:
     """Engines on the GPU, as functions of inputs by name."""
-    runners = {name: Runner(name, it.data, it.about) for name, it in engines.items()}
+    runners: dict[str, Runner] = {}
 
     def call(name: str, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        if name not in runners:
+            runners[name] = Runner(name, engines[name].data, engines[name].about)
         return tuple(runners[name](*(inputs[n] for n in made[name].inputs)))
 
     return call
