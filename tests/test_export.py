@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from difftrain.cli import main
-from difftrain.export import parity
+from difftrain.export import parity, pt2
 from difftrain.export.errors import ExportError, Parted
 from difftrain.export.modules import PRECISIONS, pieces
 from difftrain.export.onnx import write
@@ -199,6 +199,16 @@ def test_packages_sample_as_the_run(run, tmp_path):
     with made(run("arrays")) as (_, parts), torch.no_grad():
         inputs = parts["sampler"].example(5)
         torch.testing.assert_close(loaded(**inputs), parts["sampler"].module(**inputs))
+
+
+def test_packages_of_a_network_with_text_sample_as_the_run(run, tmp_path):
+    """In a fixed batch; the sampler holds the network, which is packaged once only."""
+    with opened(run("unet"), "pt2", {"export.pt2.batch": "2"}) as it:
+        parts, batch = pieces(it, "fp32"), it.batch
+        files = {n: pt2.write(n, parts[n], tmp_path, batch, print) for n in ("text", "sampler")}
+        calls = {True: pt2.packages(parts, files), False: parity.bare(parts)}
+        report = parity.gate(it, parts, lambda n, asked: calls[n in files](n, asked), "fp32")
+    assert batch == (2, 2) and 0 < report.latents < 1e-5 and 0 < report.text < 1e-5
 
 
 # ---- refusals
