@@ -4,13 +4,16 @@
                                  [--gpus N] [--run FOLDER] [--json FILE]
 
 Works: dit-jump1 and dit-euler50 (DiT-XL/2, 256 pixels: one jump; 50 Euler steps with guidance),
-unet-lcm4 and unet-dpm20 (Stable Diffusion 1.5's UNet, 512 pixels: 4 steps without guidance; 20 of
-DPM++ with guidance), and with --run the samples of a run. Columns: eager, compile (max-autotune,
-all steps in one CUDA graph), tensorrt (the same), pt2 (AOTInductor); all in fp16.
+unet-lcm4 and unet-dpm20 (Stable Diffusion 1.5's UNet, 512 pixels: 4 steps without guidance, of a
+plain UNet under `multistep`, which is not told a guidance scale `w`; 20 of DPM++ with guidance),
+and with --run the samples of a run. Columns: eager, compile (max-autotune, all steps in one CUDA
+graph), tensorrt (the same), tensorrt-whole (samplers of few evaluations in one engine, as they are
+shipped), pt2 (AOTInductor); all in fp16.
 
-A latency is from noise and conditions to latents: the median of calls after warm-up. Errors are
-relative, ||a - b|| / ||b||, to eager fp32 without TF32, of the first call of the network and of
-the final latents. Networks are random and damped (see `damp`), those of --run as they were trained.
+A latency is from noise and conditions to latents, the median of calls after warm-up: no text is
+encoded and nothing is decoded. Errors are relative, ||a - b|| / ||b||, to eager fp32 without TF32,
+of the first call of the network (where a column has one) and of the final latents. Networks are
+random and damped (see `damp`), those of --run as they were trained.
 
 Every (work, column) is a process of its own, and so is every batch of `compile` and `pt2`, which
 are compiled for that size alone; one engine serves all batches, with the largest as its optimum.
@@ -40,13 +43,23 @@ from torch import Tensor, nn
 
 from difftrain.export import modules, onnx
 from difftrain.export.engine import Profile, Source, build, library
+from difftrain.export.errors import ExportError
 from difftrain.export.manifest import tabled
 from difftrain.export.opened import Opened, opened
 from difftrain.export.running import Runner, Walk
 from difftrain.export.trace import traced
 from difftrain.models.foreign import reason
 
-COLUMNS = {"tensorrt": 0, "compile": 0, "eager": 1, "pt2": 2}  # and the turn of their first process
+COLUMNS = {  # and the turn of their first process
+    "tensorrt": 0,
+    "compile": 0,
+    "tensorrt-whole": 1,
+    "eager": 1,
+    "pt2": 2,
+}
+WHOLE = "tensorrt-whole"
+FEW = ("run", "dit-jump1", "unet-lcm4")  # works that may be of few evaluations
+LOOPED = ("compile", "tensorrt", WHOLE)  # columns whose samplers are one CUDA graph
 ALONE = ("compile", "pt2")  # columns that build for one batch size alone
 DIT = """diff 1
 import std.label
@@ -137,8 +150,9 @@ def jobs(args: argparse.Namespace) -> list[Job]:
     found = []
     for column in [c for c in COLUMNS if c in args.only.split(",")]:
         split = [(b,) for b in sizes] if column in ALONE else [sizes]
+        able = [w for w in works if column != WHOLE or w in FEW]
         found += [
-            (COLUMNS[column] + n, w, column, each) for n, each in enumerate(split) for w in works
+            (COLUMNS[column] + n, w, column, each) for n, each in enumerate(split) for w in able
         ]
     found.sort(key=lambda it: (it[0], works.index(it[1])))
     return [Job(*job) for _, *job in found]
@@ -214,7 +228,7 @@ def _measure(args: argparse.Namespace) -> None:
         for batch in sizes:
             row = {"work": work, "column": column, "batch": batch, **said}
             try:
-                row |= _row(run, batch, exact, call, column != "eager" and column != "pt2")
+                row |= _row(run, batch, exact, call, column in LOOPED, column == WHOLE)
             except Exception as problem:  # such as too little memory for this batch
                 traceback.print_exc()
                 row["why"] = f"failed: {reason(problem)}"
@@ -223,17 +237,18 @@ def _measure(args: argparse.Namespace) -> None:
             out.flush()
 
 
-def _row(run: Opened, batch: int, exact: modules.Piece, call: Callable, graph: bool) -> dict:
-    """Latency and errors of a function of the inputs of a step."""
-    table = tabled(run)
-    ours = Walk(Step(call, graph), table, list(exact.inputs), run.shape, DEVICE)
-    theirs = Walk(Step(called(exact), False), table, list(exact.inputs), run.shape, DEVICE)
+def _row(
+    run: Opened, batch: int, exact: modules.Piece, call: Callable, graph: bool, whole: bool
+) -> dict:
+    """Latency and errors of a function of the inputs of a step, or of a whole sampler."""
+    table, inputs = tabled(run), list(exact.inputs)
+    ours = Walk(Step(call, graph), table, None if whole else inputs, run.shape, DEVICE)
+    theirs = Walk(Step(called(exact), False), table, inputs, run.shape, DEVICE)
     index, told = torch.arange(batch, device=DEVICE), _told(exact, batch)
-    one = _first(run, exact, batch)
-    errors = {
-        "one call": _error(call(*one)[0], called(exact)(*one)[0]),
-        "latents": _error(ours(0, index, told), theirs(0, index, told)),
-    }
+    errors = {"latents": _error(ours(0, index, told), theirs(0, index, told))}
+    if not whole:
+        one = _first(run, exact, batch)
+        errors["one call"] = _error(call(*one)[0], called(exact)(*one)[0])
     given = [*ours.noises(0, index), *told]
     seconds = latency(lambda: ours.latents(given))
     return {**errors, "ms": seconds * 1e3, "images/s": batch / seconds}
@@ -369,21 +384,37 @@ def _pt2(run: Opened, sizes: tuple[int, ...], args) -> tuple[Callable, dict]:
         return called(of, torch._inductor.aoti_load_package(path)), {"torch": torch.__version__}
 
 
-def _tensorrt(run: Opened, sizes: tuple[int, ...], args) -> tuple[Callable, dict]:
+def _tensorrt(
+    run: Opened, sizes: tuple[int, ...], args, name: str = "step"
+) -> tuple[Callable, dict]:
     maker, ends = library(args.library), (min(sizes), max(sizes))
-    made = modules.pieces(run, "fp16", DEVICE, unrolled=0)
-    made = {name: made[name] for name in ("backbone", "step")}
+    made = modules.pieces(run, "fp16", DEVICE, unrolled=0 if name == "step" else modules.UNROLLED)
+    if name not in made:
+        raise ExportError(f"a sampler of {len(run.table.rows)} evaluations is a loop of steps")
+    made = {each: made[each] for each in ("backbone", name)}
     with tempfile.TemporaryDirectory() as folder:
-        file = onnx.write(made, Path(folder), ends, str, ["backbone"])["step"]
-        source = Source("step", file, partial(traced, "step", made["step"], ends))
+        file = onnx.write(made, Path(folder), ends, str, ["backbone"])[name]
+        source = Source(name, file, partial(traced, name, made[name], ends))
         built = build(source, Profile(*ends, portable=args.portable), maker)
-    return Runner("step", built.data, built.about), {"library": f"{maker.package} {maker.version}"}
+    return Runner(name, built.data, built.about), {"library": f"{maker.package} {maker.version}"}
 
 
-BUILT = {"eager": _eager, "compile": _compile, "tensorrt": _tensorrt, "pt2": _pt2}
+BUILT = {
+    "eager": _eager,
+    "compile": _compile,
+    "tensorrt": _tensorrt,
+    WHOLE: partial(_tensorrt, name="sampler"),
+    "pt2": _pt2,
+}
 
 
 # ---- the table
+
+SHOWN = {WHOLE: ", whole sampler", **dict.fromkeys(ALONE, ", static")}  # behind a column's name
+TIMED = (
+    "Timed from noise and conditions to latents: no text, no decoding; unet-lcm4 is a plain UNet"
+    " under `multistep`, without `w`."
+)
 
 
 def table(found: list[dict]) -> str:
@@ -397,10 +428,11 @@ def table(found: list[dict]) -> str:
             lines.append(f"{where} | {row['why']} | | | | | |")
             continue
         ratio = f"{compiled[_key(row)] / row['ms']:.2f}x" if _key(row) in compiled else ""
-        name = row.get("library", row["column"]) + (", static" if row["column"] in ALONE else "")
+        name = row.get("library", row["column"]) + SHOWN.get(row["column"], "")
+        one = f"{row['one call']:.1e}" if "one call" in row else ""
         lines.append(
             f"| {row['work']} | {row['batch']} | {name} | {row['ms']:.2f} | {row['images/s']:.1f} |"
-            f" {row['one call']:.1e} | {row['latents']:.1e} | {ratio} | {row['build s']} s |"
+            f" {one} | {row['latents']:.1e} | {ratio} | {row['build s']} s |"
         )
     return "\n".join(lines)
 
@@ -411,7 +443,7 @@ def _key(row: dict) -> tuple[str, int]:
 
 def _device() -> str:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{name}, torch {torch.__version__}, fp16; medians of up to {CALLS} calls"
+    return f"{name}, torch {torch.__version__}, fp16; medians of up to {CALLS} calls. {TIMED}"
 
 
 if __name__ == "__main__":
