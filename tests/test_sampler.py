@@ -266,7 +266,7 @@ def test_a_weaker_model_guides(eps):
 
 
 @pytest.mark.parametrize(
-    ("kind", "allowed"), [("cpu", 5e-5), pytest.param("cuda", 2e-4, marks=pytest.mark.gpu)]
+    ("kind", "allowed"), [("cpu", 1e-5), pytest.param("cuda", 2e-4, marks=pytest.mark.gpu)]
 )
 def test_pictures_are_the_same_in_any_company(monkeypatch, kind, allowed):
     """From weights that are all random: fresh ones have zeros in them, which hide what lies before.
@@ -277,7 +277,7 @@ def test_pictures_are_the_same_in_any_company(monkeypatch, kind, allowed):
     device = lowering.device(kind)
     parts = build_parts(spec.objective(), Known(), 0, device)
     noise = torch.randn(len(parts.weights), generator=torch.Generator().manual_seed(1))
-    parts.weights.add_(0.1 * noise.to(device))
+    parts.weights.add_(0.02 * noise.to(device))
     model = evaluate.Model(bundle, evaluate.programs(bundle, device), parts, parts.weights, 0)
     options = block(spec, "sample")
     prompts = [f"picture {c}" for c in "abcde"]
