@@ -301,6 +301,27 @@ def test_one_cause_is_one_finding(line, code):
     assert [c for c in said("linear", "flow", line) if c != "DIF304"] == [code]
 
 
+ODD = "process odd { t ~ uniform(0, log(-1)), alpha = 1 - t, sigma = t }"
+SINGLE = """process single(n in 1..9 = 1) {
+  t ~ integer(n)
+  alpha = pick(level, t)
+  level = sqrt(cumprod(0.5 + count(n)))
+  sigma = sqrt(1 - alpha^2)
+}"""
+BESIDE_A_RUN = [
+    ("", "discrete(linear, steps = 1, spacing = even)", "euler", ["DIF220"]),
+    (ODD, "odd", "euler(steps = 1)", ["DIF220"]),
+    (SINGLE, "single", "ddim(steps = 1)", []),
+    (SINGLE, "single", "ddim(steps = 2)", ["DIF316"]),
+]
+
+
+@pytest.mark.parametrize(("top", "process", "solver", "codes"), BESIDE_A_RUN)
+def test_a_process_of_one_time_or_none_beside_a_run(top, process, solver, codes):
+    text = f"diff 1\n{top}\n{OBJECTIVE.format(process, 'sample', '')}"
+    assert [f.code for f in found_in(f"{text}sample {{ solver = {solver} }}")] == codes
+
+
 def test_a_base_is_applied_once_however_it_comes():
     assert said("trig", "flow", "strategy = [sct, scd]") == []
     assert said("trig", "flow", "strategy = [trig_flow, scd]") == []
@@ -393,6 +414,21 @@ objective o { process = ve, prediction_type = epsilon, strategy = mine, backbone
 """
     _, found = check(Source("test.diff", text))
     assert "DIF205" in [f.code for f in found]
+
+
+def test_a_computed_number_that_is_whole_is_whole():
+    text = "diff 1\nparam n = 7 / 2\n" + OBJECTIVE.format("linear", "flow", "")
+    spec, found = check(Source("a.diff", text + "train { steps = 1000 / 2, keep = 2 * n }\n"))
+    steps, keep = (spec.runs["train"][name] for name in ("steps", "keep"))
+    assert found == [] and (steps, keep) == (500, 7)
+    assert type(steps) is type(keep) is int
+
+
+def test_a_parameter_may_be_given_as_a_range_where_one_goes():
+    text = "diff 1\nparam n = 2..4\n" + OBJECTIVE.format("linear", "flow", "")
+    spec, found = check(Source("a.diff", text + "export { onnx { batch = n } }\n"))
+    assert found == [] and spec.runs["onnx"]["batch"] == (2, 4)
+    assert [f.code for f in found_in(text + "train { steps = n }\n")] == ["DIF124"]
 
 
 def test_words_and_a_range_may_stand_together():

@@ -206,11 +206,29 @@ def test_a_solver_that_starts_afresh_does_not_go_down_to_the_lowest_level():
         (UNIT, {"times": ((0.3,),)}, "`times` is a list of numbers: write one such as"),
         (SIGMA, {"times": (1, 2)}, "write times that fall, above 0"),
         (UNIT, {"times": (0.5,), "steps": 3}, "contradict each other: leave `steps` out"),
+        (INDEX, {"times": (700,), "grid": "leading"}, "`grid = leading` begins at 0, and so above"),
+        (UNIT, {"times": (True,)}, "`times` is a list of numbers"),
+        (UNIT, {"steps": 3.5}, "`steps = 3.5` is not a whole number above 0: write a whole number"),
+        (UNIT, {"steps": 0}, "`steps = 0` is not a whole number above 0"),
+        (UNIT, {"steps": True}, "`steps = true` is not a whole number above 0"),
+        (UNIT, {"shift": "two"}, '`shift = "two"` is not a number above 0'),
+        (UNIT, {"grid": "odd"}, "`grid = odd` does not fit this process"),
+        (SIGMA, {"rho": 0}, "`rho = 0` is not a number above 0: write a number such as 7"),
     ],
 )
 def test_what_does_not_fit_is_told(law, options, message):
     with pytest.raises(ValueError, match=message):
         grids.check(law, {"steps": 1, **grids.DEFAULTS, **options})
+
+
+@pytest.mark.parametrize(
+    ("law", "levels", "options", "below"),
+    [(SIGMA, Exploding(), {"times": (100,)}, "80"), (ANGLE, Trig(), {"times": (1.57,)}, "1.56455")],
+)
+def test_times_above_the_first_one_are_told(law, levels, options, below):
+    text = f"begin above where sampling begins: write times below {below}, or a larger `high`"
+    with pytest.raises(ValueError, match=text):
+        made(law, levels, **options, steps=1)
 
 
 def test_the_options_are_those_of_the_library():

@@ -33,6 +33,13 @@ def broken(model, x, grid, draws):
 def shapeless(model, x, grid, draws):
     return x[:1]
 """
+# what it gives depends on every option
+NAMED = """
+
+def named(model, x, grid, draws, calm, name, names):
+    assert isinstance(calm, bool)
+    return x * (len(name) + len("".join(names)) + calm)
+"""
 NETWORK = """
 from torch import nn
 
@@ -111,6 +118,25 @@ def test_samples_of_a_solver_of_ones_own_are_made_again_from_what_they_say(own):
     with np.load("out.npz") as file:
         said = json.loads(str(file["settings"]))["solver"]
     assert said.startswith("mine(steps = 3, share = 0.5, ")
+    np.testing.assert_array_equal(drawn("--set", f"sample.solver={said}"), first)
+    assert abs(drawn("--set", "sample.solver=mine(steps = 3)") - first).max() > 0.01
+
+
+def test_truth_values_and_texts_are_made_again_from_what_is_said_of_them(own):
+    """Also where a text looks like a word, or like more than one."""
+    block = (
+        'solver mine(calm in [true, false] = false, name = "a", names = ["b"], grid in [auto, even]'
+        ' = even) from euler {{ module = "walker:{}" }}'
+    )
+    given = 'steps = 3, calm = true, name = "say \\"hi\\", \\\\o/", names = ["auto", "x, y"]'
+    own(block.format("named"), f"mine({given})")
+    with Path("walker.py").open("a") as file:
+        file.write(NAMED)
+    assert main(["train"]) == 0
+    first = drawn()
+    with np.load("out.npz") as file:
+        said = json.loads(str(file["settings"]))["solver"]
+    assert said.startswith(f"mine({given}, grid = even, ")
     np.testing.assert_array_equal(drawn("--set", f"sample.solver={said}"), first)
     assert abs(drawn("--set", "sample.solver=mine(steps = 3)") - first).max() > 0.01
 
@@ -212,3 +238,59 @@ def test_an_option_that_waits_for_another_is_told():
     assert (told.code, told.message) == ("DIF301", "`s_noise` of `heun` is set and never read")
     assert told.because == "`s_churn` is 0" and told.at.span.text == "s_noise = 1.01"
     assert not check(Source("a.diff", text.replace("s_churn = 0", "s_churn = 5")))[1]
+
+
+NO_NAMES = [
+    ("{ x ~ normal(0, 1) }", ["DIF106"]),
+    ("{ reads' = [x0_hat] }", ["DIF106"]),
+    ("{ reads = [1] }", ["DIF118"]),
+    ("{ reads = x0_hat }", ["DIF118"]),
+    ("{ levels = [1, 2] }", ["DIF118", "DIF118"]),
+    ("{ together = [zzz, a] }", ["DIF118"]),
+    ("{ together = [] }", []),
+    ("{ levels = [b, a] }", []),
+    ("{ module = 3 }", ["DIF118"]),
+]
+
+
+@pytest.mark.parametrize(("body", "codes"), NO_NAMES)
+def test_what_a_block_lists_are_names(body, codes):
+    top = f'solver mine(a in 0..9 = 1, b = "x") from euler {body}\n'
+    assert [f.code for f in told("linear", "flow", "mine(a = 2)", top)] == codes
+
+
+def told(process: str, prediction: str, solver: str, top: str = "") -> list:
+    """The findings about a solver that samples an objective."""
+    text = f"diff 1\n{top}objective o {{ process = {process}, prediction_type = {prediction}\n"
+    text += f"  backbone = custom\n}}\nsample {{ solver = {solver} }}\n"
+    return check(Source("a.diff", text))[1]
+
+
+POINTED = [
+    ("mine", "high = 40"),
+    ("mine(high = 41)", "high = 41"),
+    ("mine(steps = 3, shift = 2)", "high = 40"),
+    ("mine(50)", "high = 40"),
+    ("mine(0)", "0"),
+]
+
+
+@pytest.mark.parametrize(("solver", "place"), POINTED)
+def test_an_option_is_shown_where_it_is_set(solver, place):
+    top = "solver mine(steps = 9, high = 40) from euler { }\n"
+    top = top.replace(", high = 40", "") if place == "0" else top
+    (finding,) = told("linear", "flow", solver, top)
+    assert (finding.code, finding.at.span.text) == ("DIF316", place)
+
+
+@pytest.mark.parametrize(
+    ("solver", "fits"),
+    [
+        ("multistep(times = [0.98])", True),
+        ("multistep(grid = power, times = [0.98])", True),
+        ("multistep(grid = power, times = [0.999])", False),
+        ("multistep(grid = power, high = 1000, times = [0.99])", True),
+    ],
+)
+def test_times_begin_below_where_sampling_does(solver, fits):
+    assert [f.code for f in told("linear", "flow", solver)] == ([] if fits else ["DIF316"])

@@ -113,7 +113,8 @@ DIF116 several parts in a slot for one
 DIF117 a strategy listed twice
     Applying a rewrite twice is never what is meant.
 DIF118 something else than a name in a slot
-    A slot takes the name of a block, with or without arguments.
+    A slot takes the name of a block, with or without arguments. What a solver's block lists are
+    names too: of quantities, or of options that it has.
 DIF119 a block that is not there
     The name is neither in this file, nor in the library, nor in an import. What a network is given
     as `times` and `inputs` are quantities of the objective.
@@ -129,7 +130,8 @@ DIF122 a definition by itself
 DIF123 a quantity without an equation
     The quantity is read, and nothing in the objective says what it is.
 DIF124 a number is needed
-    Texts, lists and ranges are values of options, not of equations.
+    Texts, lists and ranges are values of options, not of equations; and an option takes a range or
+    a list only where its default is one.
 DIF125 a function where a number is needed
     A call that leaves arguments open is a function of them; here its value is needed.
 DIF126 a quantity called like a function

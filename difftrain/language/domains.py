@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from difftrain.language.finding import Finding, Label
+from difftrain.language.names import is_shipped
 from difftrain.language.nearest import nearest
 from difftrain.language.tree import (
     Expr,
@@ -15,56 +18,100 @@ from difftrain.language.tree import (
     Quantity,
 )
 
-COUNTED = ("batch", "count", "keep", "seed", "size", "steps", "warmup")  # options, beside:
+# of the library's own options; what others call theirs says nothing
+COUNTED = ("batch", "count", "keep", "seed", "size", "steps", "warmup")
 COUNTED += ("log_every", "sample_every", "save_every", "snapshots_every")
 
 
 def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> None:
-    """A finding where the value is outside what the parameter may be; of a range, either end."""
-    if isinstance(expr, Interval) and isinstance(formal.domain, Interval):
-        _check_ends(formal, expr, value, found)
-        return
+    """Findings where the value is outside what the parameter may be; of a range or a list, each of
+    its numbers."""
     domain = _fitting(formal.domain, value)
-    if domain is None or value is None:
+    if value is None:
         return
-    if isinstance(domain, ListOf):
-        allowed = [
-            i.dotted if isinstance(i, Name) else getattr(i, "value", None) for i in domain.items
-        ]
-        if value not in allowed:
-            listed = ", ".join(f"`{i.span.text}`" for i in domain.items)
-            close = nearest(str(value), [str(a) for a in allowed])
-            hint = f"write `{close}`" if close else f"it may be {listed}"
-            text = f"`{formal.name}` cannot be `{expr.span.text}`"
-            found.append(Finding("DIF131", text, Label(expr.span), help=hint))
-    elif formal.name in COUNTED and isinstance(value, float):
-        text = f"`{formal.name}` is a whole number, and `{expr.span.text}` is none"
-        hint = f"write a whole number in {domain.span.text}"
-        found.append(Finding("DIF124", text, Label(expr.span), help=hint))
-    elif isinstance(domain, Interval) and isinstance(value, (int, float)):
-        low, high = (plain(e) for e in (domain.low, domain.high))
-        if None not in (low, high) and low <= high and not low <= value <= high:
-            found.append(_outside(formal.name, expr, value, domain))
-    elif isinstance(domain, Interval) and not isinstance(value, tuple):
-        text = f"`{formal.name}` is a number, and `{expr.span.text}` is none"
-        hint = f"write a number in {domain.span.text}"
-        found.append(Finding("DIF124", text, Label(expr.span), help=hint))
+    if isinstance(domain, ListOf) and value not in _allowed(domain):
+        found.append(_no_choice(formal.name, expr, value, domain))
+    elif isinstance(domain, Interval) and isinstance(value, tuple):
+        found += _several(formal, expr, value, domain)
+    elif isinstance(domain, Interval):
+        found += _one(formal, expr, value, domain)
 
 
-def _check_ends(formal: Formal, expr: Interval, ends: tuple, found: list[Finding]) -> None:
-    low, high = ends
-    if None not in ends and low > high:
-        text = f"`{formal.name}` cannot run from {low:g} up to {high:g}"
-        found.append(Finding("DIF132", text, Label(expr.span), help="write the smaller one first"))
-    for end, value in ((expr.low, low), (expr.high, high)):
-        check_domain(formal, end, value, found)
+def _allowed(words: ListOf) -> list:
+    items = words.items
+    return [_word(i) if isinstance(i, Name) else getattr(i, "value", None) for i in items]
+
+
+def _word(name: Name) -> str | bool:
+    return {"true": True, "false": False}.get(name.dotted, name.dotted)
+
+
+def _no_choice(name: str, expr: Expr, value, words: ListOf) -> Finding:
+    listed = ", ".join(f"`{i.span.text}`" for i in words.items)
+    close = nearest(str(value), [str(a) for a in _allowed(words)])
+    hint = f"write `{close}`" if close else f"it may be {listed}"
+    text = f"`{name}` cannot be `{expr.span.text}`"
+    return Finding("DIF131", text, Label(expr.span), help=hint)
+
+
+def _several(formal: Formal, expr: Expr, values: tuple, domain: Interval) -> Iterator[Finding]:
+    """A range is for what is a range by default, a list for what is a list or a range."""
+    usual = formal.default
+    if not isinstance(usual, (Interval, ListOf)):
+        yield _none(formal.name, "a number", expr, domain)
+    elif isinstance(usual, Interval) and len(values) != 2:
+        yield _none(formal.name, "a range", expr, domain)
+    elif isinstance(usual, ListOf) and isinstance(expr, Interval):
+        yield _none(formal.name, "a list of numbers", expr, domain)
+    else:
+        for part, value in zip(_parts(expr, values), values, strict=True):
+            yield from _one(formal, part, value, domain)
+        if isinstance(usual, Interval) and all(map(is_number, values)) and values[0] > values[1]:
+            yield _descending(formal.name, expr, values)
+
+
+def _parts(expr: Expr, values: tuple) -> tuple[Expr, ...]:
+    """Where each of several numbers stands; that of a parameter is where the parameter is read."""
+    match expr:
+        case Interval(low=low, high=high):
+            return low, high
+        case ListOf(items=items):
+            return items
+    return (expr,) * len(values)
+
+
+def _descending(name: str, expr: Expr, ends: tuple) -> Finding:
+    text = f"`{name}` cannot run from {ends[0]:g} up to {ends[1]:g}"
+    return Finding("DIF132", text, Label(expr.span), help="write the smaller one first")
+
+
+def _one(formal: Formal, expr: Expr, value, domain: Interval) -> Iterator[Finding]:
+    low, high = plain(domain.low), plain(domain.high)
+    counted = formal.name in COUNTED and is_shipped(formal.span)
+    if not is_number(value):
+        yield _none(formal.name, "a number", expr, domain)
+    elif counted and not float(value).is_integer():
+        yield _none(formal.name, "a whole number", expr, domain)
+    elif None not in (low, high) and low <= high and not low <= value <= high:
+        yield _outside(formal.name, expr, value, domain)
+
+
+def _none(name: str, what: str, expr: Expr, domain: Interval) -> Finding:
+    text = f"`{name}` is {what}, and `{expr.span.text}` is none"
+    hint = f"write {what} in {domain.span.text}"
+    return Finding("DIF124", text, Label(expr.span), help=hint)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number; a truth value is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _fitting(domain: Expr | None, value) -> Expr | None:
     """What a value is held against: a list of words may hold a range for numbers as well."""
     items = domain.items if isinstance(domain, ListOf) else ()
     ranges = [item for item in items if isinstance(item, Interval)]
-    return ranges[0] if ranges and isinstance(value, (int, float)) else domain
+    return ranges[0] if ranges and is_number(value) else domain
 
 
 def plain(expr: Expr) -> float | None:

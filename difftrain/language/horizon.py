@@ -17,14 +17,15 @@ from difftrain.language.worlds import HERE, Frame
 def horizon(objective: Objective) -> tuple[str, float, float]:
     """("index", 0, N) for a table of N levels; else ("real", low, high), the ends of the law of t
     (of `time`, on a grid of times), or ("open", low, high) where the process's own law thins out
-    towards `high`.
+    towards `high`. An end without a value is nan.
 
     A process says by its own law where it is defined: up to the end where that is bounded, only
     near it where it has a tail (the draw below it is a normal one).
     """
     tables = [t.args[0] for t in walk(objective.quantity("alpha")) if t.op == "pick"]
     if tables:
-        return "index", 0, len(value(tables[0], {}))
+        levels = value(tables[0], {})
+        return "index", 0, len(levels) if isinstance(levels, list) else math.nan
     if clock(objective.equations) == "time":
         grid = support(objective.quantity("time"))
         return "real", 0.0, grid.high

@@ -181,7 +181,8 @@ def _levels(leaf: Term, grid, known) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Support:
-    """Values of a law in ascending order, its ends included; `whole` where they are indices."""
+    """Values of a law in ascending order, its ends included (nan, where it has no values); `whole`
+    where they are indices."""
 
     values: tuple[float, ...] = ()
     whole: bool = False
@@ -191,11 +192,11 @@ class Support:
 
     @property
     def low(self) -> float:
-        return self.values[0]
+        return self.values[0] if self.values else math.nan
 
     @property
     def high(self) -> float:
-        return self.values[-1]
+        return self.values[-1] if self.values else math.nan
 
     @property
     def middle(self) -> float:

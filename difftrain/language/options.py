@@ -128,9 +128,10 @@ def _no_text(expr: Expr, formal: Formal) -> bool:
 
 def _not_text(expr: Expr, formal: Formal) -> Finding:
     items = expr.items if isinstance(expr, ListOf) else (expr,)
-    form = ", ".join('"' + item.span.text.strip('"') + '"' for item in items)
-    listed = formal.name in LISTS_OF_TEXTS
-    form, what = (f"[{form}]", "a list of texts") if listed else (form, "a text")
+    texts = ['"' + item.span.text.strip('"') + '"' for item in items]
+    form, what = next(iter(texts), '""'), "a text"
+    if formal.name in LISTS_OF_TEXTS:
+        form, what = f"[{', '.join(texts)}]", "a list of texts"
     text = f"`{formal.name}` is {what}, and `{expr.span.text}` is none"
     return Finding("DIF124", text, Label(expr.span), help=f"write `{formal.name} = {form}`")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 
@@ -21,21 +21,32 @@ class Part:
     """Which builder of `difftrain.models` makes a module, and with what.
 
     `kind` is "backbone", "encoder", "codec", "solver" and so on; options are numbers, strings,
-    bools, tuples and nested parts. `name` is what the spec calls it, which makes no difference.
+    bools, tuples and nested parts. `name` is what the spec calls it, and `said` are all arguments
+    as they would stand there: neither makes a difference.
     """
 
     kind: str
     module: str
     options: Mapping[str, object]
     name: str = field(default="", compare=False)
+    said: str = field(default="", compare=False)
 
 
-def written(value: object) -> str:
-    """The value of an option as it would stand in a spec."""
+def written(value: object, words: Container[str] | None = None) -> str:
+    """The value of an option as it would stand in a spec; of texts those which are in `words` (all,
+    if that is None) stand without quotes."""
     match value:
-        case Part(options=options):
-            inside = ", ".join(f"{name} = {written(v)}" for name, v in options.items())
-            return f"{value.name or value.module}({inside})"
+        case Part(name=name, said=said):
+            return f"{name}({said})"
+        case bool():
+            return "true" if value else "false"
         case tuple():
-            return f"[{', '.join(map(written, value))}]"
+            return f"[{', '.join(written(v, words) for v in value)}]"
+        case str() if words is not None and value not in words:
+            return quoted(value)
     return str(value)
+
+
+def quoted(text: str) -> str:
+    """A text as it stands in a spec."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

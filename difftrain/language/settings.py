@@ -23,6 +23,7 @@ from difftrain.language.finding import Finding, Label
 from difftrain.language.names import SLOTS, TARGETS, Definition, Names, collect
 from difftrain.language.nearest import nearest
 from difftrain.language.options import schema
+from difftrain.language.part import quoted, written
 from difftrain.language.scope import formals
 from difftrain.language.syntax import parse
 from difftrain.language.tree import (
@@ -83,16 +84,14 @@ def _source(name: str, path: str, text: str) -> Source:
     return Source(f"--set {path}", f"{name} = {text}")
 
 
-def _written(value: object, quoted: bool = False) -> str:
+def _written(value: object, text: bool = False) -> str:
     """A value as it would stand in a file."""
     match value:
-        case bool():
-            return "true" if value else "false"
         case list() | tuple():
             return f"[{', '.join(_written(v, isinstance(v, str)) for v in value)}]"
-        case str() if quoted and not value.lstrip().startswith('"'):
-            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return str(value)
+        case str() if text and not value.lstrip().startswith('"'):
+            return quoted(value)
+    return written(value)
 
 
 # ---- places

@@ -7,6 +7,9 @@ import math
 from collections.abc import Mapping
 from itertools import pairwise
 
+from difftrain.language.domains import is_number
+from difftrain.language.part import written
+
 Law = tuple[str, float, float]  # "index", "real" or "open", and the ends: see `horizon`
 Options = Mapping[str, object]
 
@@ -35,21 +38,37 @@ def check(law: Law, options: Options) -> None:
     """Raises Misfit, in the words of the options, for what does not fit the process."""
     (kind, low, high), word = law, chosen(law, options)
     options = {**DEFAULTS, **options}
-    if (word in INDEX) != (kind == "index"):
-        fitting = " or ".join(f"`{name}`" for name in (INDEX if kind == "index" else READ))
-        text = f"`grid = {word}` does not fit this process, whose time is {NAMES[kind]}"
-        raise Misfit("grid", text, f"use {fitting}")
+    fitting = INDEX if kind == "index" else tuple(READ)
+    if word not in fitting:
+        text = f"`grid = {written(word)}` does not fit this process, whose time is {NAMES[kind]}"
+        raise Misfit("grid", text, "use " + " or ".join(f"`{name}`" for name in fitting))
     read = {*READ.get(word, ()), *(("high",) if kind == "open" else ())}
     for name, usual in DEFAULTS.items():
         if name not in read and options[name] != usual:
             raise Misfit(name, f"`{name}` does nothing on the grid `{word}`", "leave it out")
+    _check_numbers({n: options[n] for n in ("steps", *DEFAULTS) if n in ("steps", *read)})
     if word == "power" and options["low"] >= options["high"]:
         hint = "swap them, as sigma / alpha falls from `high` to `low`"
         raise Misfit("low", "`low` is not below `high`", hint)
     if times := _listed(options, kind == "index"):
+        if word == "leading":  # whose only step begins at 0
+            text = "`grid = leading` begins at 0, and so above no `times`"
+            raise Misfit("grid", text, "use `trailing`")
         _check_listed(times, options["steps"], low, high, kind == "index")
     elif kind == "index":
         check_steps(options["steps"], int(high))
+
+
+def _check_numbers(options: Options) -> None:
+    """Raises Misfit for what lays out no grid: a solver of one's own may say anything."""
+    for name, value in options.items():
+        if name == "shift" and value == "auto":
+            continue
+        what = "a whole number" if name == "steps" else "a number"
+        positive = is_number(value) and 0 < value < math.inf
+        if not positive or (name == "steps" and not float(value).is_integer()):
+            text = f"`{name} = {written(value, ())}` is not {what} above 0"
+            raise Misfit(name, text, f"write {what} such as {DEFAULTS.get(name, 20)}")
 
 
 def check_steps(steps: int, count: int) -> None:
@@ -62,7 +81,7 @@ def check_steps(steps: int, count: int) -> None:
 def _listed(options: Options, counted: bool) -> list:
     """The times that stand in the options. Raises Misfit for what is no list of numbers."""
     times = options.get("times", ())
-    if not isinstance(times, tuple | list) or not all(isinstance(t, int | float) for t in times):
+    if not isinstance(times, tuple | list) or not all(map(is_number, times)):
         usual = "[700, 300]" if counted else "[0.7, 0.3]"
         raise Misfit(
             "times", "`times` is a list of numbers", f"write one such as `times = {usual}`"
@@ -72,7 +91,7 @@ def _listed(options: Options, counted: bool) -> list:
 
 def _check_listed(times: list, steps: int, low: float, high: float, counted: bool) -> None:
     first, last = (high - 1, -1) if counted else (high, low)
-    if counted and any(time != int(time) for time in times):
+    if counted and not all(float(time).is_integer() for time in times):
         text = f"`times = {times}` are no whole numbers, and time is an index here"
         raise Misfit("times", text, "round them")
     if any(a <= b for a, b in pairwise([first, *times, last])):
@@ -82,3 +101,9 @@ def _check_listed(times: list, steps: int, low: float, high: float, counted: boo
     if steps not in (1, len(times) + 1):
         text = f"`steps = {steps}` and `times = {times}` contradict each other"
         raise Misfit("steps", text, "leave `steps` out")
+
+
+def above(times: object, where: str) -> Misfit:
+    """That `times` begin before sampling does: `where` says where they may be."""
+    text = f"`times = {written(times)}` begin above where sampling begins"
+    return Misfit("times", text, f"write times {where}, or a larger `high`")

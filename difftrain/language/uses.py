@@ -14,8 +14,7 @@ PART_KINDS = ("backbone", "encoder", "codec", "source", "optimizer", "solver")
 def use_of(item: Expr, kind: str, scope: Scope, found: list[Finding]) -> Use | None:
     """What `name` or `name(args)` puts to use, or None with a finding."""
     if not isinstance(item, (Name, Call)):
-        text = f"`{item.span.text}` is not a {kind}"
-        found.append(Finding("DIF118", text, Label(item.span), help=f"write the name of a {kind}"))
+        found.append(not_a(kind, item, f"write the name of {_article(kind)}"))
         return None
     definition = scope.home.find(kind, item.path)
     if definition is None:
@@ -23,6 +22,16 @@ def use_of(item: Expr, kind: str, scope: Scope, found: list[Finding]) -> Use | N
         return None
     label = kind if kind in ("process", "prediction") else definition.name
     return Use(definition, label, item, scope)
+
+
+def not_a(kind: str, expr: Expr, hint: str) -> Finding:
+    """That an expression stands where only something else can."""
+    text = f"`{expr.span.text}` is not {_article(kind)}"
+    return Finding("DIF118", text, Label(expr.span), help=hint)
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 SYNONYMS = {

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from difftrain.language.derive import Derivation
-from difftrain.language.domains import check_domain
+from difftrain.language.domains import check_domain, is_number
 from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Names
 from difftrain.language.nearest import nearest
-from difftrain.language.part import Part
+from difftrain.language.part import Part, written
 from difftrain.language.scope import Equations, Scope, Use, choices, formals, lineage
 from difftrain.language.tree import (
     Call,
@@ -22,7 +22,7 @@ from difftrain.language.tree import (
     Quantity,
     Text,
 )
-from difftrain.language.uses import PART_KINDS, bind, listed, unknown, use_of
+from difftrain.language.uses import PART_KINDS, bind, listed, not_a, unknown, use_of
 from difftrain.language.worlds import HERE, Frame, Problem
 
 # ---- parts
@@ -36,19 +36,33 @@ def read_part(use: Use, equations: Equations, found: list[Finding], uses: list[U
     definition = use.definition
     uses.append(use)
     options: dict[str, object] = {}
+    said: list[str] = []
     domains = formals(definition)
     for name, (expr, where) in bind(use, found).items():
-        options[name] = read_option(domains[name][0], expr, where, equations, found, uses)
+        formal = domains[name][0]
+        options[name] = read_option(formal, expr, where, equations, found, uses)
+        bare = {*choices(formal), *equations.versions, *equations.quantities}
+        said.append(f"{name} = {written(options[name], bare)}")
     line = lineage(definition)
     module = next((d.name for d in reversed(line) if d.shipped), definition.name)
     for block in line:
         for node in block.node.body:
             if isinstance(node, Define) and node.name == "module":
-                module = node.value.value if isinstance(node.value, Text) else node.value.dotted
+                module = _module(node.value, found)
             elif isinstance(node, Define) and node.name not in FOR_RULES:
                 local = Scope(use.label, block.home, {n: n for n in options})
                 options[node.name] = read_value(node.value, local, equations, found, (), uses)
-    return Part(definition.kind, module, options, use.call.dotted)
+    return Part(definition.kind, module, options, use.call.dotted, ", ".join(said))
+
+
+def _module(expr: Expr, found: list[Finding]) -> str:
+    """What makes a part: a name of ours, or a place in Python."""
+    if isinstance(expr, Text):
+        return expr.value
+    if not isinstance(expr, Name):
+        found.append(not_a("module", expr, 'write a name, or a text such as `"file:function"`'))
+        return ""
+    return expr.dotted
 
 
 def read_option(formal: Formal, expr: Expr, scope: Scope, equations, found, uses=None):
@@ -78,8 +92,7 @@ def _check_kind(kind: str, expr: Expr, value, names: Names, found: list[Finding]
     if kind == "solver" and isinstance(value, str) and ":" in value:  # a function from Python
         block = f'solver own from euler {{ module = "{value}" }}'
         hint = f"write `{block}` at the top of the file, and `own` here"
-    text = f"`{expr.span.text}` is not a {kind}"
-    found.append(Finding("DIF118", text, Label(expr.span), help=hint))
+    found.append(not_a(kind, expr, hint))
 
 
 def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None, wanted="part"):
@@ -92,9 +105,9 @@ def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None, 
         case Text(value=value):
             return value
         case Number(value=value) | Quantity(value=value):
-            return int(value) if value == int(value) else value
+            return _plain(value)
         case Negate(value=Number(value=value)):
-            return -int(value) if value == int(value) else -value
+            return _plain(-value)
         case Interval(low=low, high=high):
             return tuple(read_value(end, scope, equations, found) for end in (low, high))
         case Name(path=("true",)):
@@ -116,6 +129,11 @@ def read_value(expr: Expr, scope: Scope, equations, found, words=(), uses=None, 
             found.append(_unknown(expr, wanted, scope.home, equations))
             return None
     return _number(expr, scope, equations, found)
+
+
+def _plain(value):
+    """A number that is whole as an int, whatever it was computed from."""
+    return int(value) if is_number(value) and float(value).is_integer() else value
 
 
 def _is_quantity(name: str, equations: Equations) -> bool:
@@ -160,7 +178,7 @@ def _number(expr: Expr, scope: Scope, equations: Equations, found: list[Finding]
         found.append(problem.finding)
         return None
     if term.op == "const":
-        return term.value
+        return _plain(term.value)
     text = f"`{expr.span.text}` must be known when the spec is compiled"
     found.append(Finding("DIF127", text, Label(expr.span), help="write a number"))
     return None

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from difftrain.language.spacing import DEFAULTS, Law, check, check_steps, chosen
+from difftrain.language.spacing import DEFAULTS, Law, above, check, check_steps, chosen
 
 HALVINGS = 100  # more than a float64 has digits, as intervals reach down to 0
 
@@ -89,7 +89,7 @@ def grid(
     Indices; or even times, from the end of the law or, where that is open, from where sigma / alpha
     is `high`; or the times at which sigma / alpha falls from `high` to `low` by `power`. Times in
     `times` stand between the first and the clean end. `shift = auto` is the shift of the times that
-    were trained. Raises Misfit as `check` does.
+    were trained. Raises Misfit as `check` does, and where `times` begin before the first.
     """
     check(law, options)
     if options.get("shift", "auto") == "auto":
@@ -98,6 +98,8 @@ def grid(
     steps = 1 if listed else options["steps"]
     whole = _named(law, {**DEFAULTS, **options, "steps": steps}, levels)
     between = torch.tensor(listed, dtype=whole.dtype)
+    if bool((between >= whole[0]).any()):
+        raise above(listed, f"below {whole[0].item():g}")
     return torch.cat([whole[:1], between, whole[1:]])
 
 

@@ -1,5 +1,7 @@
 """Picture grids as PNG files that carry the settings they were made with."""
 
+from __future__ import annotations
+
 import json
 import os
 import re

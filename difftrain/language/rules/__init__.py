@@ -25,6 +25,7 @@ FILE_RULES = (
     shape.parameters,
     shape.names,
     run.averaging,
+    walks.blocks,
 )
 RULES = (
     derived.domains,

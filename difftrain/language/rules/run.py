@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from difftrain.language.domains import is_number
 from difftrain.language.finding import Finding, Label
 from difftrain.language.guidance import own_guidance
 from difftrain.language.names import Names, is_shipped
@@ -140,14 +141,16 @@ WAYS = {"guidance_interval": (), "guidance_rescale": 0, "guide": ""}  # off
 
 def _ways(case: Case, run: Run, scale: float | None, inside: Mapping) -> Iterator[Finding]:
     """How to guide is said where there is guidance, and an interval has two ends."""
-    ends = run["guidance_interval"]
-    if ends and not ascending(ends):
+    ends, lost = run["guidance_interval"], None
+    if ends not in ((), None) and not ascending(ends):
+        lost = "guidance_interval"
         at = run.written["guidance_interval"]
         text = f"`{at.text}` is no interval of noise levels"
         hint = "write `guidance_interval = 0.28..2.9`, the smaller sigma / alpha first"
         yield Finding("DIF314", text, Label(at), help=hint)
     for name, off in WAYS.items():
-        if scale is None or run.values.get(name) in (off, None) or not (inside or scale == 1):
+        idle = scale is not None and (inside or scale == 1) and name != lost
+        if not idle or run.values.get(name) in (off, None):
             continue
         because = "guidance is 1, which is none"
         if inside:
@@ -160,7 +163,7 @@ def _ways(case: Case, run: Run, scale: float | None, inside: Mapping) -> Iterato
 
 def ascending(ends: object) -> bool:
     """Whether the ends of an interval of noise levels are two numbers in order."""
-    numbers = isinstance(ends, tuple) and all(isinstance(e, (int, float)) for e in ends)
+    numbers = isinstance(ends, tuple) and all(map(is_number, ends))
     return numbers and len(ends) == 2 and 0 <= ends[0] < ends[1]
 
 

@@ -25,12 +25,14 @@ from difftrain.language.tree import (
     Name,
     Number,
     Param,
+    Redefine,
     Statement,
     Text,
 )
 from difftrain.language.worlds import HERE, Frame, Problem
 
 EQUATIONS = (*LIBRARY_KINDS, "objective")
+PARTS = ("backbone", "encoder", "codec", "solver")  # which hold options, and no equations
 
 
 def statements(spec: Spec, found: list[Finding]) -> None:
@@ -38,7 +40,7 @@ def statements(spec: Spec, found: list[Finding]) -> None:
     for block in _blocks(spec):
         seen: dict[str, Define | Draw] = {}
         for node in block.body:
-            if reason := _misplaced(node):
+            if reason := _misplaced(node, block.kind in PARTS):
                 found.append(_does_not_belong(node, block, reason))
             elif isinstance(node, (Define, Draw)) and node.name in seen:
                 found.append(_twice(node, seen[node.name]))
@@ -67,7 +69,7 @@ def _blocks(spec: Spec) -> Iterator[Block]:
     return (n for n in spec.tree.body if isinstance(n, Block) and n.kind in EQUATIONS)
 
 
-def _misplaced(node: Statement) -> str:
+def _misplaced(node: Statement, part: bool) -> str:
     match node:
         case Import():
             return "an import"
@@ -77,14 +79,21 @@ def _misplaced(node: Statement) -> str:
             return f"a `{kind}` block"
         case Define(formals=formals) if formals is not None:
             return "a function"
+        case Draw() if part:
+            return "a draw"
+        case Redefine() if part:
+            return "a redefinition"
     return ""
 
 
 def _does_not_belong(node: Statement, block: Block, what: str) -> Finding:
     at = Label(getattr(node, "head", node.span))
+    title = f"`{block.kind} {block.name or ''}".rstrip() + "`"
+    because = f"{title} holds {'options' if block.kind in PARTS else 'equations'} alone"
     text = f"{what} cannot stand inside a block"
-    because = f"`{block.kind} {block.name or ''}".rstrip() + "` holds equations alone"
     hint = "move it to the top of the file, outside the braces"
+    if isinstance(node, (Draw, Redefine)):
+        text, hint = f"{what} cannot stand inside {title}", "move it into the objective"
     return Finding("DIF106", text, at, because=because, help=hint)
 
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from difftrain.language.domains import is_number
 from difftrain.language.finding import Finding, Label
 from difftrain.language.forms import clock
 from difftrain.language.horizon import horizon
 from difftrain.language.meaning import lacking
-from difftrain.language.names import Definition
+from difftrain.language.names import Definition, is_shipped
+from difftrain.language.nearest import nearest
 from difftrain.language.options import Run, schema
 from difftrain.language.part import Part
 from difftrain.language.rules.case import ALONG, Case, shown
 from difftrain.language.rules.run import ascending
-from difftrain.language.scope import lineage
-from difftrain.language.spacing import DEFAULTS, Law, Misfit, check, chosen
+from difftrain.language.scope import formals, lineage
+from difftrain.language.spacing import DEFAULTS, Law, Misfit, above, check, chosen
 from difftrain.language.spec import Spec
 from difftrain.language.tree import Block, Call, Define, Expr, ListOf, Name, Span
+from difftrain.language.uses import listed, not_a
 from difftrain.language.worlds import Problem
 
 SPOKEN = ("DIF205", "DIF206", "DIF312")  # of a process that is not the one which is meant
@@ -33,10 +36,10 @@ def solver(case: Case, found: list[Finding]) -> None:
         return
     said = _said(definition)
     found += _idle(case, run, said.get("together"))
-    for item in _items(said.get("reads")):
-        problem = lacking(case.objective, item.dotted)
-        if problem or case.term(item.dotted) is None:
-            found.append(_no_solver(case, run, definition.name, item.dotted, problem))
+    for name in _names(said.get("reads")):
+        problem = lacking(case.objective, name)
+        if problem or case.term(name) is None:
+            found.append(_no_solver(case, run, definition.name, name, problem))
             return
 
 
@@ -44,10 +47,11 @@ def _idle(case: Case, run: Run, together: Expr | None) -> Iterator[Finding]:
     """Options that the call of a solver sets, and that count for nothing where the first of those
     that go `together` is 0."""
     call, part = _called(case.spec), run["solver"]
-    if not isinstance(together, ListOf) or not isinstance(call, Call) or part is None:
+    names = _names(together)
+    if not names or not isinstance(call, Call) or part is None:
         return
-    switch, *others = (item.dotted for item in together.items)
-    for argument in call.args if part.options[switch] == 0 else ():
+    switch, *others = names
+    for argument in call.args if part.options.get(switch) == 0 else ():
         if argument.name in others:
             text = f"`{argument.name}` of `{call.dotted}` is set and never read"
             because, hint = f"`{switch}` is 0", f"set `{switch}`, or leave `{argument.name}` out"
@@ -104,18 +108,20 @@ def options(case: Case, found: list[Finding]) -> None:
     law, before = _law(case), len(found)
     found += _laid_out(case, run, definition, law) if law else ()
     walked = _walked(case, law, part) if law and len(found) == before else None
-    if walked and walked[0] >= walked[1]:
+    if walked and walked[0] > walked[1]:
         found.append(_nowhere(case, run))
     elif walked:
+        found += _begins(case, run, walked)
         found += _levels(case, run, definition, walked)
         found += _interval(run, walked) if all(f.code != "DIF314" for f in found) else ()
 
 
 def _law(case: Case) -> Law | None:
     try:
-        return horizon(case.objective)
+        law = horizon(case.objective)
     except Problem:
         return None  # said elsewhere
+    return None if any(math.isnan(end) for end in law[1:]) else law
 
 
 def _laid_out(case: Case, run: Run, definition: Definition, law: Law) -> Iterator[Finding]:
@@ -129,8 +135,7 @@ def _laid_out(case: Case, run: Run, definition: Definition, law: Law) -> Iterato
     try:
         check(law, part.options)
     except Misfit as told:
-        at = Label(_place(case, run, told.option))
-        yield Finding("DIF316", told.message, at, help=told.hint)
+        yield _misfit(case, run, told)
 
 
 def _nowhere(case: Case, run: Run) -> Finding:
@@ -141,11 +146,25 @@ def _nowhere(case: Case, run: Run) -> Finding:
     return Finding("DIF316", text, Label(_place(case, run, *names)), help=hint)
 
 
+def _begins(case: Case, run: Run, walked: Ends) -> Iterator[Finding]:
+    """Times of which the first is noisier than the level that sampling begins at."""
+    times = run["solver"].options.get("times")
+    first = _ratio(case, times[0]) if times else None
+    if first is not None and first >= walked[1]:
+        where = f"where sigma / alpha is below {shown(walked[1])}"
+        yield _misfit(case, run, above(times, where))
+
+
+def _misfit(case: Case, run: Run, told: Misfit) -> Finding:
+    at = Label(_place(case, run, told.option))
+    return Finding("DIF316", told.message, at, help=told.hint)
+
+
 def _levels(case: Case, run: Run, definition: Definition, walked: Ends) -> Iterator[Finding]:
     """A range of sigma / alpha, in which a solver does something, with no step in it."""
     said, options = _said(definition), run["solver"].options
-    names = [i.dotted for i in _items(said.get("levels")) if i.dotted in options]
-    off = any(options.get(i.dotted) == 0 for i in _items(said.get("together"))[:1])
+    names = [name for name in _names(said.get("levels")) if is_number(options.get(name))]
+    off = any(options.get(name) == 0 for name in _names(said.get("together"))[:1])
     if off or len(names) != 2:
         return
     low, high = (options[name] for name in names)
@@ -204,17 +223,49 @@ def _ratio(case: Case, t: float) -> float | None:
 
 
 def _place(case: Case, run: Run, *names: str) -> Span:
-    """Where the call of the solver sets one of these options; else all of it."""
-    call = _called(case.spec)
+    """Where the call of the solver sets one of these options, or a block of the user's own does by
+    default; else all of the call."""
+    call, known = _called(case.spec), formals(_solver(case.spec))
+    order = iter(known)
     args = call.args if isinstance(call, Call) else ()
-    given = [a for a in args if a.name in names]
-    return given[0].span if given else run.written.get("solver", run.span)
+    given = [a.span for a in args if (a.name or next(order, None)) in names]
+    own = [known[n][0].span for n in names if n in known and not is_shipped(known[n][0].span)]
+    return next(iter([*given, *own]), run.written.get("solver", run.span))
 
 
 def _said(definition: Definition) -> dict[str, Expr]:
     """What a solver and those that it is made from say, by name."""
-    return {s.name: s.value for d in lineage(definition) for s in d.node.body}
+    body = [s for d in lineage(definition) for s in d.node.body if isinstance(s, Define)]
+    return {s.name: s.value for s in body}
 
 
-def _items(listed: Expr | None) -> tuple:
-    return listed.items if isinstance(listed, ListOf) else ()
+def _names(listed: Expr | None) -> list[str]:
+    items = listed.items if isinstance(listed, ListOf) else ()
+    return [item.dotted for item in items if isinstance(item, Name)]
+
+
+# ---- blocks of a user's own
+
+LISTS = {"reads": "quantity", "together": "option", "levels": "option"}
+
+
+def blocks(spec: Spec, found: list[Finding]) -> None:
+    """What the block of a solver lists are names: of quantities, or of options that it has."""
+    for definition in spec.names.own.values():
+        for node in definition.node.body if definition.kind == "solver" else ():
+            if isinstance(node, Define) and node.name in LISTS:
+                found += _no_names(definition, node)
+
+
+def _no_names(definition: Definition, node: Define) -> Iterator[Finding]:
+    kind, known = LISTS[node.name], list(formals(definition))
+    if not isinstance(node.value, ListOf):
+        yield not_a("list", node.value, f"write `{node.name} = [{node.value.span.text}]`")
+        return
+    for item in node.value.items:
+        if not isinstance(item, Name):
+            yield not_a(kind, item, f"write the name of one: `{node.name}` lists names")
+        elif kind == "option" and item.dotted not in known:
+            close = nearest(item.dotted, known)
+            hint = f"write `{close}`" if close else listed(known)
+            yield not_a(f"option of `{definition.name}`", item, hint)
