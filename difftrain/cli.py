@@ -1,7 +1,8 @@
 """The command line: arguments, messages and exit codes. What a command does is in `commands`.
 
 Exit codes: 0 clean, 1 findings or changes, 2 usage or i/o, 3 a device or package that is absent
-here, 4 the run failed, 70 our own bug. Results go to stdout, progress and problems to stderr.
+here, 4 the run failed, 70 our own bug, 128 + its number a signal that ended it (SIGINT 130, SIGTERM
+143, SIGHUP 129). Results go to stdout, progress and problems to stderr.
 """
 
 from __future__ import annotations
