@@ -292,5 +292,6 @@ def test_an_option_is_shown_where_it_is_set(solver, place):
         ("multistep(grid = power, high = 1000, times = [0.99])", True),
     ],
 )
-def test_times_begin_below_where_sampling_does(solver, fits):
-    assert [f.code for f in told("linear", "flow", solver)] == ([] if fits else ["DIF316"])
+@pytest.mark.parametrize("process", ["linear", "discrete(linear)"])
+def test_times_begin_below_where_sampling_does(process, solver, fits):
+    assert [f.code for f in told(process, "flow", solver)] == ([] if fits else ["DIF316"])

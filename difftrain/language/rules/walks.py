@@ -14,14 +14,14 @@ from difftrain.language.names import Definition, is_shipped
 from difftrain.language.nearest import nearest
 from difftrain.language.options import Run, schema
 from difftrain.language.part import Part
-from difftrain.language.rules.case import ALONG, Case, shown
+from difftrain.language.rules.case import TIME, Case, shown
 from difftrain.language.rules.run import ascending
 from difftrain.language.scope import formals, lineage
 from difftrain.language.spacing import DEFAULTS, Law, Misfit, above, check, chosen
 from difftrain.language.spec import Spec
 from difftrain.language.tree import Block, Call, Define, Expr, ListOf, Name, Span
 from difftrain.language.uses import listed, not_a
-from difftrain.language.worlds import Problem
+from difftrain.language.worlds import HERE, Problem
 
 SPOKEN = ("DIF205", "DIF206", "DIF312")  # of a process that is not the one which is meant
 NEEDED = ("steps", *DEFAULTS)  # what every solver of the library has
@@ -213,8 +213,9 @@ def _walked(case: Case, law: Law, part: Part) -> Ends | None:
 
 def _ratio(case: Case, t: float) -> float | None:
     """sigma / alpha at a time, where both have a value there."""
-    terms = [case.term(name, ALONG) for name in ("alpha", "sigma")]
-    if None in terms or clock(case.objective.equations) == "time":
+    world = HERE.swap({clock(case.objective.equations): TIME})
+    terms = [case.term(name, world) for name in ("alpha", "sigma")]
+    if None in terms:
         return None
     ((alpha, sigma),) = case.along(*terms, at=(t,))
     if alpha != alpha or sigma != sigma:
