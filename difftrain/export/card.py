@@ -36,17 +36,18 @@ def ask(name, **inputs):  # keywords alone
     return made if isinstance(made, tuple) else (made,)""",
 }
 RUNS = {"onnx": "ONNX files", "pt2": "Packages of AOTInductor"}
+TOLD = {  # by the kind of condition
+    None: "",
+    "text": "The files take ids, not texts: those here are of the empty text.\n",
+    "label": "The files take numbers of classes: that here is the one of no class.\n",
+}
 
 
 def card(about: Mapping, made: Mapping[str, Piece]) -> str:
     """The README for the manifest and pieces of an export."""
     low, high = about["batch"]
     lines = [OPENED[about["target"]], "", *_code(about, made, min(max(low, SHOWN), high))]
-    said = (
-        "The files take ids, not texts: those here are of the empty text.\n"
-        if "text" in made
-        else ""
-    )
+    said = TOLD[(about["condition"] or {}).get("kind")]
     return f"""# {about["name"]}
 
 {RUNS[about["target"]]}, exported by difftrain {about["versions"]["difftrain"]} from step \

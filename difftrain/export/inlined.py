@@ -56,7 +56,7 @@ def fill(model, body) -> None:
     ir.passes.Sequential(*passes, common.RemoveUnusedNodesPass())(model)
 
 
-def bare(model) -> None:
+def without_sources(model) -> None:
     """Takes out of a graph where its sources lay, which is most of a small file."""
     from onnx_ir.passes import common
 

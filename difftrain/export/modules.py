@@ -249,7 +249,7 @@ def pieces(
 
 def encodes(run: Opened) -> bool:
     """Whether ids are encoded; labels are the condition themselves."""
-    return run.parts.text is not None and any(True for _ in run.parts.text.parameters())
+    return run.parts.text is not None and not hasattr(run.parts.text, "classes")
 
 
 def _copied(module: nn.Module, device) -> nn.Module:

@@ -21,7 +21,7 @@ OPSET = 20
 PROVIDERS = ["CPUExecutionProvider"]
 ABSENT = ("bf16",)  # precisions without kernels there
 SOLVERS = ("sampler", "step")  # pieces around the backbone, which come right behind it
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 ALONE = 1 << 30  # bytes of weights in the file itself, at most: protobuf ends at 2 GiB
 
 
@@ -94,7 +94,7 @@ def _program(name: str, piece: Piece, batch: tuple[int, int]) -> torch.onnx.ONNX
         raise ExportError(
             f"`{name}` has no ONNX form ({reason(cause)}): export to `pt2`"
         ) from cause
-    inlined.bare(made.model)
+    inlined.without_sources(made.model)
     return made
 
 

@@ -56,12 +56,13 @@ def export(run: Opened, file: Path, say: Say = print) -> Path:
     about = _described(every, profile) | {"encoders": told, "sizes": sizes}
     packed = {}
     for size, it in zip(sizes, every, strict=True):
-        packed |= {_place(name, size): (name, engine) for name, engine in it.engines.items()}
+        of = {name: None if name == "text" else size for name in it.engines}
+        packed |= {_place(n, of[n]): (n, of[n], engine) for n, engine in it.engines.items()}
     about["engines"] = [
-        {**engine.about, "piece": name, "file": place, "size": _size_of(name, place)}
-        for place, (name, engine) in packed.items()
+        {**engine.about, "piece": name, "file": place, "size": size}
+        for place, (name, size, engine) in packed.items()
     ]
-    return pack(file, about, data | {place: it.data for place, (_, it) in packed.items()})
+    return pack(file, about, data | {place: it.data for place, (*_, it) in packed.items()})
 
 
 def _can_draw(run: Opened) -> None:
@@ -189,10 +190,6 @@ def _described(every: list[Sized], profile: Profile) -> dict[str, object]:
     }
 
 
-def _place(name: str, size: int) -> str:
+def _place(name: str, size: int | None) -> str:
     """Where an engine lies in the file: one of texts serves every size."""
-    return f"engines/{name}.engine" if name == "text" else f"engines/{name}-{size}.engine"
-
-
-def _size_of(name: str, place: str) -> int | None:
-    return None if name == "text" else int(place.removesuffix(".engine").rpartition("-")[2])
+    return f"engines/{name}{'' if size is None else f'-{size}'}.engine"
