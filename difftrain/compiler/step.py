@@ -39,7 +39,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a step reads from a batch: given quantities, and whether text is encoded in the step."""
+    """What a step reads from a batch: given quantities, and whether there is text, which a trained
+    encoder reads in the step, and a frozen one there or before."""
 
     given: tuple[str, ...] = ()
     text: bool = False
@@ -214,14 +215,22 @@ def _forward(recipe: Recipe, inputs: Inputs) -> list[str]:
 
 
 def _conditions(inputs: Inputs) -> list[str]:
-    """The condition and the empty one; a frozen text encoder gets no gradient."""
+    """The condition and the empty one, encoded here, where a frozen encoder gets no gradient, or as
+    the batch has them: encoded by a frozen one before the run."""
     if not inputs.text:
         return ['inputs["cond"] = inputs["null"] = None']
     lines = [
         'inputs["cond"] = nets["text"](batch["input_ids"])',
         'inputs["null"] = nets["text"](batch["null_ids"])',
     ]
-    return lines if inputs.trained_text else ["with torch.no_grad():", *_indented(lines, 4)]
+    if inputs.trained_text:
+        return lines
+    return [
+        'if "cond" in batch:',
+        '    inputs["cond"], inputs["null"] = batch["cond"].float(), batch["null"].float()',
+        "else:",
+        *_indented(["with torch.no_grad():", *_indented(lines, 4)], 4),
+    ]
 
 
 def _update(recipe: Recipe, scaled: bool, copies: Copies) -> list[str]:

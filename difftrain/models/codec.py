@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from importlib.resources import files
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from difftrain.answer import unwrap
 from difftrain.models.errors import PartError
+from difftrain.models.fingerprint import fingerprint
 from difftrain.models.loading import load
 from difftrain.models.pretrained import SHIPPED
 
@@ -58,11 +58,7 @@ class Codec(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of all weights, scale and shift: equal for codecs that give equal latents."""
-        digest = sha256()
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint(self)
 
     def train(self, mode: bool = True) -> Codec:
         """Itself, in evaluation mode: it is frozen."""

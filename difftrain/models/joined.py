@@ -41,6 +41,11 @@ class Joined(nn.Module):
         for encoder, part in zip(self.encoders, ids.split(self.lengths, dim=1), strict=True):
             encoder.check(part)
 
+    def fingerprint(self) -> str | None:
+        """Equal for encoders that give equal states of equal ids; None where one has none."""
+        asked = [getattr(encoder, "fingerprint", None) for encoder in self.encoders]
+        return None if None in asked else " ".join(ask() for ask in asked)
+
     @property
     def vocabulary(self) -> list[int]:
         """The ids in the token tables that are cut, sorted."""

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from difftrain.answer import unwrap
 from difftrain.models.errors import PartError
+from difftrain.models.fingerprint import fingerprint
 from difftrain.models.loading import load
 from difftrain.models.tokenizer import END, clip_tokenizer
 
@@ -85,6 +86,12 @@ class TextEncoder(nn.Module):
                 f"{', '.join(f'`{word}`' for word in lost)} never occurred in training: this text "
                 "encoder only knows the words of its captions, so use those"
             )
+
+    def fingerprint(self) -> str:
+        """Equal for encoders that give equal states of equal ids."""
+        before = None if self.before is None else self.before.tolist()
+        config = getattr(self.model, "config", None)
+        return fingerprint(self, config, self.padding, self.causal, before)
 
     @property
     def vocabulary(self) -> list[int]:

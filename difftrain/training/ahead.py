@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from difftrain.compiler import kept, lowering
 from difftrain.training import averages, evaluate, state
 from difftrain.training.bundle import Bundle, block, recipe, step_inputs, text_part
+from difftrain.training.captions import frozen, null
 from difftrain.training.keeping import facts
 from difftrain.training.known import found
 from difftrain.training.own import importable
@@ -66,6 +69,7 @@ def compiled_for(bundle: Bundle, device: torch.device) -> tuple[kept.Facts, byte
         names = [*map(copy_of, parts.averages), *averages.tracked(recipe(spec))]
         first = state.fresh(parts.weights, train["seed"], 1, names, train["precision"])
         fed = _batch(parts, data["batch"], data["size"], step_inputs(objective).image)
+        fed |= _text(parts, data["batch"], seen.texts, state.FORWARDS[train["precision"]])
         args = (first, fed, parts.modules, parts.plan, made.tables["step"])
         step = kept.compiled(made.step.step, args, made.forward)
         taken = kept.take(step, kept.outside(parts.modules, parts.plan))
@@ -78,7 +82,19 @@ def _batch(parts: Parts, count: int, size: int, image: bool) -> dict[str, Tensor
     fed = {"x0": torch.zeros(count, *shape, device=device)}
     fed |= {"index": torch.arange(count, device=device)}
     fed |= {"image": torch.zeros(count, 3, size, size, device=device)} if image else {}
+    return fed
+
+
+def _text(
+    parts: Parts, count: int, captions: Iterable[str], kind: torch.dtype
+) -> dict[str, Tensor]:
+    """What a step reads of text, which is always the empty one."""
+    device = parts.weights.device
     null_ids = parts.null_ids(device)
     if null_ids is None:
-        return fed
-    return fed | {"input_ids": null_ids.repeat(count, 1), "null_ids": null_ids}
+        return {}
+    if frozen(parts.text):
+        states = null(parts.text, captions, kind, device)
+        if states is not None:
+            return {"cond": states.repeat(count, *[1] * (states.dim() - 1)), "null": states}
+    return {"input_ids": null_ids.repeat(count, 1), "null_ids": null_ids}

@@ -198,7 +198,8 @@ class Batches:
     `batch_size` counts the samples of all processes; process `rank` of `world` gets its equal part.
     Step k holds the global samples from k * batch_size on, so one integer resumes a run. A dict has
     `index` int64 [B]; `latents` [B, C, ...]; `image` uint8 [B, 3, size, size] where pictures are
-    kept or streamed; `input_ids` [B, T] where there is a tokenizer; `metadata`, B dicts.
+    kept or streamed; `input_ids` [B, T] where there is a tokenizer, or `cond` [B, T, width] where
+    text was encoded ahead; `metadata`, B dicts.
     """
 
     data: Prepared
@@ -262,14 +263,14 @@ class Batches:
         index = torch.arange(first, first + size, device=self.device)
         batch = {"index": index, **pixels}
         if self._one_caption is not None and not self.notes:
-            return {**batch, "input_ids": self._one_caption[self._chosen(step)]}
+            return batch | self._text(self._one_caption[self._chosen(step)])
         records = [self.data.pictures.records[row] for row in rows]
         texts = [
             record.captions[phrasing(self.seed, sample, len(record.captions))]
             for sample, record in zip(samples, records, strict=True)
         ]
         if self.data.tokens:
-            batch["input_ids"] = self.data.tokens(texts)
+            batch |= self._text(self._words(texts))
         if self.notes:
             batch["metadata"] = [
                 {**record.fields, "file": record.file, "caption": text}
@@ -277,10 +278,26 @@ class Batches:
             ]
         return batch
 
+    def _words(self, texts: list[str]) -> Tensor:
+        """The ids [B, T] of texts, or their rows [B] among the states."""
+        states = self.data.states
+        return self.data.tokens(texts) if states is None else states.rows(texts)
+
+    def _text(self, words: Tensor) -> dict[str, Tensor]:
+        """What a step reads of these words."""
+        if self._states is None:
+            return {"input_ids": words}
+        return {"cond": self._states[words.to(self.device)]}
+
+    @cached_property
+    def _states(self) -> Tensor | None:
+        states = self.data.states
+        return None if states is None else states.table.to(self.device)
+
     @cached_property
     def _one_caption(self) -> Tensor | None:
-        """The ids of every row [N, T], where each picture has one caption."""
+        """The words of every row [N, ...], where each picture has one caption."""
         records = self.data.pictures.records
         if self.data.tokens is None or any(len(r.captions) != 1 for r in records):
             return None
-        return self.data.tokens([r.captions[0] for r in records]).to(self.device)
+        return self._words([r.captions[0] for r in records]).to(self.device)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from difftrain.training.arrays import Arrays
+from difftrain.training.cache import Say, remembered, warn
+from difftrain.training.captions import States
 from difftrain.training.sources import TRANSFORM, DataError, Pictures
 
 THREADS = 8  # decoders release the interpreter's lock
 AHEAD = 2  # chunks being read while one is used
-
-Say = Callable[[str], object]
-warn: Say = logging.getLogger("difftrain").warning
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class Prepared:
 
     `tokens` turns a list of captions into ids [B, T]; without it batches have no `input_ids`.
     `images` uint8 [N, 3, size, size] are the pictures themselves, where a step reads them too.
+    With `states` batches have `cond` instead of `input_ids`: text that was encoded ahead.
     """
 
     pictures: Pictures | Arrays
@@ -41,6 +38,7 @@ class Prepared:
     tokens: Callable[[list[str]], Tensor] | None
     latents: Tensor | None
     images: Tensor | None = None
+    states: States | None = None
 
 
 def stream(pictures: Pictures, tokenizer, size: int, *, length: int = 77) -> Prepared:
@@ -90,12 +88,8 @@ def _latents(
     if cache is None:
         return _encoded(pictures, codec, size, device, batch)
     key = _key(pictures, codec.fingerprint(), size)
-    path = Path(cache, f"latents-{key[:32]}.safetensors")
-    latents = _kept(path, key, say)
-    if latents is None:
-        latents = _encoded(pictures, codec, size, device, batch)
-        _keep(path, key, latents, say)
-    return latents
+    make = partial(_encoded, pictures, codec, size, device, batch)
+    return remembered("latents", key, cache, make, say)
 
 
 def _table(texts: list[str], tokenizer, length: int) -> Callable[[list[str]], Tensor]:
@@ -159,36 +153,3 @@ def _finite(latents: Tensor, pictures: Pictures | Arrays) -> Tensor:
 def _key(pictures: Pictures, fingerprint: str, size: int) -> str:
     contents = [sha256(pictures.data(row)).hexdigest() for row in range(len(pictures))]
     return sha256(json.dumps([TRANSFORM, size, fingerprint, contents]).encode()).hexdigest()
-
-
-def _kept(path: Path, key: str, say: Say) -> Tensor | None:
-    """The latents in a cache file, or None where it is not exactly what was written."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            labels, latents = file.metadata() or {}, file.get_tensor("latents")
-    except (SafetensorError, OSError) as cause:
-        say(f"the kept latents `{path}` are damaged ({cause}), encoding again")
-        return None
-    if labels == {"key": key, "sha256": _digest(latents)}:
-        return latents
-    say(f"the kept latents `{path}` are not what was written there, encoding again")
-    return None
-
-
-def _keep(path: Path, key: str, latents: Tensor, say: Say) -> None:
-    """Writes the whole file or none; latents that cannot be kept can still be trained on."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": latents}, part, {"key": key, "sha256": _digest(latents)})
-        part.replace(path)
-    except (SafetensorError, OSError) as cause:
-        say(f"the latents cannot be kept in `{path.parent}` ({cause}), each start encodes again")
-        if part.is_file():
-            part.unlink()
-
-
-def _digest(latents: Tensor) -> str:
-    return sha256(latents.numpy()).hexdigest()

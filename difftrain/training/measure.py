@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     FakeTensorMode,
@@ -36,6 +36,7 @@ from difftrain.training.bundle import (
     step_inputs,
     text_part,
 )
+from difftrain.training.captions import frozen
 from difftrain.training.known import Known, found
 from difftrain.training.own import importable
 from difftrain.training.parts import (
@@ -146,10 +147,7 @@ def _flops(spec: Spec, objective: Objective, modules, count: int, shape, size: i
     tables = {name: torch.empty(t.shape) for name, t in module.tables().items()}
     batch = {"x0": torch.empty(count, *shape), "index": torch.arange(count)}
     batch |= {"image": torch.empty(count, 3, size, size)} if "vision" in names else {}
-    if "text" in modules:
-        length = modules["text"].length
-        batch |= {"input_ids": torch.zeros(count, length, dtype=torch.int64)}
-        batch |= {"null_ids": torch.zeros(1, length, dtype=torch.int64)}
+    batch |= _text(modules["text"], count) if "text" in modules else {}
     first = state.fresh(gather(modules, plan, "cpu"), 0, 1, _copies(names, modules, spec))
     with sdpa_kernel(SDPBackend.MATH), Counter(display=False) as counter:
         try:
@@ -160,3 +158,12 @@ def _flops(spec: Spec, objective: Objective, modules, count: int, shape, size: i
                 raise
             raise Absent(f"`{part.module}` is not measured ({reason(cause)})") from cause
     return counter.get_total_flops()
+
+
+def _text(text: nn.Module, count: int) -> dict[str, Tensor]:
+    """What a step reads of text, which a frozen encoder has read before."""
+    if frozen(text):
+        shape = (text.length, text.width)
+        return {"cond": torch.empty(count, *shape), "null": torch.empty(1, *shape)}
+    ids = torch.zeros(count, text.length, dtype=torch.int64)
+    return {"input_ids": ids, "null_ids": ids[:1]}

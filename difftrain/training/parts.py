@@ -23,6 +23,7 @@ from difftrain.models.eight import turned
 from difftrain.models.errors import PartError
 from difftrain.training.arrays import Arrays, open_arrays
 from difftrain.training.bundle import ARRAYS, differentiated, each_part, text_part
+from difftrain.training.captions import frozen, states
 from difftrain.training.known import Known
 from difftrain.training.latents import Prepared, prepare
 from difftrain.training.sources import DataError, Pictures, open_source
@@ -172,7 +173,7 @@ def _text(part, known: Known, make: Callable) -> nn.Module | None:
         return None
     text = make(part, vocabulary=known.vocabulary)
     trained = isinstance(part, tuple) or part.options.get("train")  # those joined know it already
-    return text if trained else text.requires_grad_(False)
+    return text if trained else _frozen(text)
 
 
 def _vision(objective: Objective) -> Part:
@@ -262,12 +263,16 @@ def encoded(
     device,
     say: Callable[[str], object],
     images: bool = False,
+    ahead: torch.dtype | None = None,
 ) -> Prepared:
-    """The data set as latents and token ids, and as pictures where the step reads them."""
+    """The data set as latents and token ids, and as pictures where the step reads them. With the
+    type `ahead` also the states of its text in that, if the encoder is frozen and memory allows."""
     if images and isinstance(found, Arrays):
         raise DataError(f"the objective reads `image`, and `{found.name}` holds no pictures")
     tokens = None if parts.text is None else (lambda texts, length: parts.text.ids(texts))
+    where = {"cache": cache, "device": device, "say": say}
     with torch.no_grad(), exact():
-        return prepare(
-            found, parts.codec, tokens, size, cache=cache, device=device, say=say, images=images
-        )
+        prepared = prepare(found, parts.codec, tokens, size, images=images, **where)
+        if ahead is None or not frozen(parts.text):
+            return prepared
+        return replace(prepared, states=states(parts.text, found.texts, ahead, **where))

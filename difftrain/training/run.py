@@ -17,11 +17,12 @@ from tqdm import tqdm
 from difftrain.training import averages, evaluate, samples, state
 from difftrain.training.batches import Batches
 from difftrain.training.bundle import Bundle, compile_spec
+from difftrain.training.captions import SHARE
 from difftrain.training.keeping import Keeping
-from difftrain.training.latents import Prepared, signed
+from difftrain.training.latents import Prepared
 from difftrain.training.own import importable
 from difftrain.training.session import Session, open_session, say
-from difftrain.training.stepper import Stepper
+from difftrain.training.stepper import Stepper, feeding
 
 KEPT_EVERY = "snapshots_every"
 REPORTED = ("log_every", "save_every", KEPT_EVERY)  # what a run keeps, it has looked at
@@ -77,13 +78,12 @@ def loop(session: Session) -> None:
     first, seed = session.done, int(session.state["seed"])
     size, home = session.data["batch"], _home(session.prepared, session.device)
     batches = Batches(session.prepared, seed, size, first, notes=False, device=home)
-    null_ids = session.parts.null_ids(session.device)
     fixed = (session.parts.modules, session.parts.plan, session.programs.tables["step"])
-    step = Stepper(session)
+    step, feed = Stepper(session), feeding(session)
     bar = tqdm(total=session.steps, initial=first, unit="step", file=sys.stderr, dynamic_ncols=True)
     with bar, SummaryWriter(str(session.folder / "log"), purge_step=first + 1) as board:
         for done, batch in zip(range(first + 1, session.steps + 1), batches, strict=False):
-            log = _stepped(session, step, _feed(session, batch, null_ids), fixed)
+            log = _stepped(session, step, feed(batch), fixed)
             bar.update()
             due = {option for option in REPORTED if _due(session, done, option)}
             if due:
@@ -123,26 +123,15 @@ def _stopped(session: Session, why: str, advice: str) -> str:
     return f"{why}, so the run stops: {saved}; {advice}"
 
 
-SHARE = 8  # of the free memory of a GPU, what the encoded data may take
-
-
 def _home(data: Prepared, device: torch.device) -> torch.device:
     """Where the encoded data are kept: beside the network, if they are small there."""
-    held = [v for v in (data.latents, data.images) if v is not None]
+    states = data.states and data.states.table
+    held = [v for v in (data.latents, data.images, states) if v is not None]
     if device.type != "cuda" or not held:
         return torch.device("cpu")
     free, _ = torch.cuda.mem_get_info(device)
     small = sum(v.nbytes for v in held) * SHARE < free
     return device if small else torch.device("cpu")
-
-
-def _feed(session: Session, batch: dict, null_ids: Tensor | None) -> dict[str, Tensor]:
-    """What the step reads of a batch, on the device."""
-    names = {"latents": "x0", "index": "index", "input_ids": "input_ids", "image": "image"}
-    fed = {ours: batch[name].to(session.device) for name, ours in names.items() if name in batch}
-    if "image" in fed:
-        fed["image"] = signed(fed["image"])
-    return fed if null_ids is None else {**fed, "null_ids": null_ids}
 
 
 def _report(session: Session, bar: tqdm, board, done: int, log: Mapping[str, Tensor]) -> None:

@@ -90,11 +90,12 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
         parts.text.ids(options["sample"]["prompts"])  # unknown words are told now, not at the end
     begin(objective, parts, train, bool(checkpoint), say)
     prepare = _preparing(objective, parts, options["data"], folder, device)
-    prepared, other = prepare(seen), prepare(unseen) if unseen else None
-    try_out(objective, parts, prepared, bundle.manifest["time"][0] == "index")
     steps = steps if steps is not None else train["steps"]
     widths = averages.tracked(recipe(spec))
-    current = _state(bundle, parts, widths, train, steps, checkpoint)
+    current = _state(bundle, parts, widths, train, steps, checkpoint)  # has the encoder's weights
+    prepared = prepare(seen, ahead=state.FORWARDS[train["precision"]])
+    other = prepare(unseen) if unseen else None
+    try_out(objective, parts, prepared, bundle.manifest["time"][0] == "index")
     texts.write(bundle.texts, folder)
     say(f"training `{bundle.name}` on {seen!r}: {parts.plan.size:,} weights, {device}, in {folder}")
     _doubts(objective, parts, train, widths)

@@ -23,6 +23,7 @@ COUNTERS = ("turn", "updates", "calm")
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 SCALE = 2.0**16  # first fp16 loss scale
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FORWARDS = {"fp32": torch.float32, **HALVES}
 
 
 class CheckpointError(Exception):

@@ -1,8 +1,10 @@
-"""The step as a machine runs it best: compiled or as it is, found compiled or made anew."""
+"""The step as a machine runs it best: compiled or as it is, found compiled or made anew; and what
+it is fed."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -10,9 +12,39 @@ from torch import Tensor
 
 from difftrain.compiler import lowering
 from difftrain.training.keeping import facts
+from difftrain.training.latents import signed
 from difftrain.training.session import Session, say
 
+READ = {  # of a batch: what the step calls it
+    "latents": "x0",
+    "index": "index",
+    "input_ids": "input_ids",
+    "cond": "cond",
+    "image": "image",
+}
 TRIAL = 3  # uncompiled steps that are timed before `auto` decides on a CPU
+
+
+def feeding(session: Session) -> Callable[[Mapping], dict[str, Tensor]]:
+    """What makes of a batch that which the step reads, on the device."""
+    device, empty = session.device, _empty(session)
+
+    def feed(batch: Mapping) -> dict[str, Tensor]:
+        fed = {ours: batch[name].to(device) for name, ours in READ.items() if name in batch}
+        if "image" in fed:
+            fed["image"] = signed(fed["image"])
+        return {**fed, **empty}
+
+    return feed
+
+
+def _empty(session: Session) -> dict[str, Tensor]:
+    """What the step reads of the empty text."""
+    states, device = session.prepared.states, session.device
+    if states is not None:
+        return {"null": states.null.to(device)}
+    null_ids = session.parts.null_ids(device)
+    return {} if null_ids is None else {"null_ids": null_ids}
 
 
 class Stepper:

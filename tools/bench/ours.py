@@ -16,11 +16,10 @@ from difftrain.training.batches import Batches
 from difftrain.training.bundle import compile_spec
 from difftrain.training.own import importable
 from difftrain.training.session import Session, open_session
-from difftrain.training.stepper import Stepper
+from difftrain.training.stepper import Stepper, feeding
 
 SPECS = Path(__file__).parent
 MANY = 1_000_000  # steps, so that none is the last one
-FED = {"latents": "x0", "index": "index", "input_ids": "input_ids"}
 
 
 @contextmanager
@@ -34,11 +33,8 @@ def opened(spec: str, settings: Mapping[str, str], batch: int, side: int) -> Ite
 
 def stepping(session: Session, batch: int) -> Callable[[], Tensor]:
     """A function that makes one step on a batch that lies on the device, and gives the loss."""
-    device, parts = session.device, session.parts
-    read = Batches(session.prepared, 0, batch).at(0)
-    fed = {ours: read[name].to(device) for name, ours in FED.items() if name in read}
-    null_ids = parts.null_ids(device)
-    fed |= {} if null_ids is None else {"null_ids": null_ids}
+    parts = session.parts
+    fed = feeding(session)(Batches(session.prepared, 0, batch).at(0))
     fixed = (parts.modules, parts.plan, session.programs.tables["step"])
     step = Stepper(session)
     return lambda: step(session.state, fed, *fixed)["loss"]
