@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from difftrain.compiler import kept, lowering
+from difftrain.language.options import Run
 from difftrain.training import averages, evaluate, state
 from difftrain.training.bundle import Bundle, block, recipe, step_inputs, text_part
 from difftrain.training.captions import frozen, null
@@ -68,33 +69,35 @@ def compiled_for(bundle: Bundle, device: torch.device) -> tuple[kept.Facts, byte
         made = evaluate.programs(bundle, device)
         names = [*map(copy_of, parts.averages), *averages.tracked(recipe(spec))]
         first = state.fresh(parts.weights, train["seed"], 1, names, train["precision"])
-        fed = _batch(parts, data["batch"], data["size"], step_inputs(objective).image)
-        fed |= _text(parts, data["batch"], seen.texts, state.FORWARDS[train["precision"]])
-        args = (first, fed, parts.modules, parts.plan, made.tables["step"])
+        kind, image = state.FORWARDS[train["precision"]], step_inputs(objective).image
+        batch = fed(parts, data, seen.texts, kind, image)
+        args = (first, batch, parts.modules, parts.plan, made.tables["step"])
         step = kept.compiled(made.step.step, args, made.forward)
         taken = kept.take(step, kept.outside(parts.modules, parts.plan))
-    return facts(bundle, parts.weights, fed), taken
+    return facts(bundle, parts.weights, batch), taken
 
 
-def _batch(parts: Parts, count: int, size: int, image: bool) -> dict[str, Tensor]:
-    """What a step reads of a batch, every number 0."""
-    device, shape = parts.weights.device, parts.codec.shape(size)
-    fed = {"x0": torch.zeros(count, *shape, device=device)}
-    fed |= {"index": torch.arange(count, device=device)}
-    fed |= {"image": torch.zeros(count, 3, size, size, device=device)} if image else {}
-    return fed
+def fed(
+    parts: Parts, data: Run, captions: Iterable[str], kind: torch.dtype, image: bool = False
+) -> dict[str, Tensor]:
+    """What a step reads of a batch, all text being empty and every other number 0."""
+    device, count, size = parts.weights.device, data["batch"], data["size"]
+    shape = parts.codec.shape(size)
+    read = {"x0": torch.zeros(count, *shape, device=device)}
+    read |= {"index": torch.arange(count, device=device)}
+    read |= {"image": torch.zeros(count, 3, size, size, device=device)} if image else {}
+    return read | _text(parts, count, captions, kind)
 
 
 def _text(
     parts: Parts, count: int, captions: Iterable[str], kind: torch.dtype
 ) -> dict[str, Tensor]:
-    """What a step reads of text, which is always the empty one."""
+    """Of a frozen encoder its states, where they are encoded ahead; else ids."""
     device = parts.weights.device
+    states = null(parts.text, captions, kind, device) if frozen(parts.text) else None
+    if states is not None:
+        return {"cond": states.repeat(count, *[1] * (states.dim() - 1)), "null": states}
     null_ids = parts.null_ids(device)
     if null_ids is None:
         return {}
-    if frozen(parts.text):
-        states = null(parts.text, captions, kind, device)
-        if states is not None:
-            return {"cond": states.repeat(count, *[1] * (states.dim() - 1)), "null": states}
     return {"input_ids": null_ids.repeat(count, 1), "null_ids": null_ids}

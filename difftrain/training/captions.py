@@ -63,13 +63,16 @@ def states(
     """
     texts = _distinct(captions)
     size = _bytes(text, len(texts), kind, device)
-    held = f"the states of {len(texts):,} captions take {size / 2**20:,.0f} MiB"
+    held, much = f"the states of {len(texts):,} captions", f"{size / 2**20:,.1f} MiB"
     if size * SHARE > memory():
-        say(f"text is encoded in every step: {held}, more than an eighth of the memory")
+        say(
+            f"text is encoded in every step: {held} would take {much}, more than an eighth of the"
+            " memory"
+        )
         return None
     ids = text.ids(texts)
     table = _table(text, texts, ids, kind, cache, device, say)
-    say(f"text is encoded ahead: {held}")
+    say(f"text is encoded ahead: {held} take {much}")
     return States({one: row for row, one in enumerate(texts)}, table)
 
 
