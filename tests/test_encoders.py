@@ -47,6 +47,25 @@ def words(folder, pad: str = "<pad>", end: str = "") -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, **marks).save_pretrained(folder)
 
 
+# ---- what tells them apart
+
+
+def test_the_fingerprint_follows_weights_and_whatever_else_the_states_depend_on():
+    known = {small("t5").fingerprint(), small("t5").fingerprint()}
+    other = small("t5")
+    next(other.parameters()).data.add_(1)
+    told = [other, small("t5", padding="read"), small("t5", heads=4), small("qwen")]
+    assert len(known | {text.fingerprint() for text in told}) == 5
+
+
+def test_several_encoders_are_told_apart_if_each_is():
+    one, two = small("t5"), small("siglip")
+    assert Joined([one, two]).fingerprint() != Joined([two, one]).fingerprint()
+    foreign = torch.nn.Linear(2, 2)
+    foreign.field, foreign.width, foreign.length = "caption", 2, 3
+    assert Joined([one, foreign]).fingerprint() is None
+
+
 # ---- small ones
 
 
