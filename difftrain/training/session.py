@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,30 +68,34 @@ class Session:
         return int(self.state["turn"])
 
 
-def open_session(bundle, settings, data, steps, resume, out, started) -> Session:
+def open_session(
+    bundle: Bundle,
+    settings: Mapping[str, str],
+    data: str | None,
+    steps: int | None,
+    resume: str | None,
+    out: str | None,
+    started: float | None,
+) -> Session:
     """Builds data, modules and state, from the beginning or from a checkpoint.
 
     Whatever is wrong is found before anything is written.
     """
     started = started or time.perf_counter()
     spec = bundle.read(settings)
-    objective = spec.objective()
     options = {kind: block(spec, kind) for kind in ("data", "train", "sample")}
     train, device = options["train"], lowering.device(options["train"]["device"])
     _possible(bundle, train, options["sample"], device)
     folder, checkpoint = place(bundle, resume or train["resume_from"], out)
+    objective, widths = spec.objective(), averages.tracked(recipe(spec))
     condition = condition_field(objective)
     seen = opened(options["data"], "train", condition, data)
     unseen = held_out(options["data"], condition, data)
     known = _known(bundle, objective, train, checkpoint, seen, unseen)
-    size, products = options["data"]["size"], train["products"]
-    parts = build_parts(objective, known, train["seed"], device, size=size, products=products)
-    if parts.text is not None:
-        parts.text.ids(options["sample"]["prompts"])  # unknown words are told now, not at the end
+    parts = _parts(objective, known, options, device)
     begin(objective, parts, train, bool(checkpoint), say)
     prepare = _preparing(objective, parts, options["data"], folder, device)
     steps = steps if steps is not None else train["steps"]
-    widths = averages.tracked(recipe(spec))
     current = _state(bundle, parts, widths, train, steps, checkpoint)  # has the encoder's weights
     prepared = prepare(seen, ahead=state.FORWARDS[train["precision"]])
     other = prepare(unseen) if unseen else None
@@ -99,11 +103,31 @@ def open_session(bundle, settings, data, steps, resume, out, started) -> Session
     texts.write(bundle.texts, folder)
     say(f"training `{bundle.name}` on {seen!r}: {parts.plan.size:,} weights, {device}, in {folder}")
     _doubts(objective, parts, train, widths)
-    made = evaluate.programs(bundle, device)
     return Session(
-        bundle, folder, options["data"], train, options["sample"], parts, made, prepared, other,
-        widths, current, steps, started,
-    )  # fmt: skip
+        bundle=bundle,
+        folder=folder,
+        **options,
+        parts=parts,
+        programs=evaluate.programs(bundle, device),
+        prepared=prepared,
+        unseen=other,
+        averages=widths,
+        state=current,
+        steps=steps,
+        started=started,
+    )
+
+
+def _parts(
+    objective: Objective, known: Known, options: Mapping[str, Run], device: torch.device
+) -> Parts:
+    """The modules; words of a prompt that they do not know are told now, not at the end."""
+    train, size = options["train"], options["data"]["size"]
+    products = train["products"]
+    parts = build_parts(objective, known, train["seed"], device, size=size, products=products)
+    if parts.text is not None:
+        parts.text.ids(options["sample"]["prompts"])
+    return parts
 
 
 def _preparing(objective: Objective, parts: Parts, data: Run, folder: Path, device) -> Callable:
