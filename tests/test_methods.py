@@ -122,7 +122,8 @@ def test_a_teacher_is_another_run_s_average(name, capsys):
 
 def test_sampling_starts_from_the_noise_of_the_objective():
     bundle = compile_spec(trained("noise").with_suffix(".diff"))
-    assert "noise.py" in bundle.texts and "noise.py" not in compile_spec("sit.diff").texts
+    Path("plain.diff").write_text(spec(**METHODS["sit"]))
+    assert "noise.py" in bundle.texts and "noise.py" not in compile_spec("plain.diff").texts
     law = evaluate.programs(bundle, "cpu").noise
     like = {"x0": torch.zeros(64, 3, 16, 16)}
     noise = law.compute(like, Draws(0, 0, torch.arange(64)), {}, {})["eps@0"]
