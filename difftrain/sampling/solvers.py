@@ -217,6 +217,7 @@ def euler_maruyama(
     appendix D.1). Here g^2 = 2 scale W sigma with W = alpha sigma' - sigma alpha': alpha times that
     of the forward process, so that it is finite where alpha is 0; the term of the score is then
     scale W eps_hat, which divides by nothing. The last step, and all with scale = 0, are Euler's.
+    First order, in law.
     """
     grid = grid.to(x.device)
     for step, (t, s) in enumerate(pairwise(grid[:-1]), 1):
@@ -244,7 +245,7 @@ def dpm_solver_pp(
     arXiv:2211.01095 algorithm 2 (DPM-Solver++(2M)), and with scale = 1 the stochastic form of its
     appendix (SDE-DPM-Solver++(2M)): g^2 is `scale` times that of the forward process. The line goes
     through this estimate and the one before. The first step knows one estimate, and the last goes
-    to the last x0_hat. Second order where steps are even in that logarithm, without noise.
+    to the last x0_hat. Second order where steps are even in that logarithm: with noise, in law.
     """
     grid = grid.to(x.device)
     lead, before = 0, None
