@@ -315,6 +315,28 @@ def test_errors_of_other_stages():
     assert failure(PermissionError(13, "Permission denied", "x")).code == 2
 
 
+def test_times_that_fit_no_grid_are_told():
+    """The rules cannot always tell: then the sampler is the first that can."""
+    from difftrain.language.spacing import Misfit
+    from difftrain.sampling.grids import grid
+
+    class Levels:
+        """sigma / alpha = 80 at 80 / 81."""
+
+        sigma = staticmethod(lambda t: t)
+        alpha = staticmethod(lambda t: 1 - t)
+
+    options = {"steps": 1, "grid": "power", "times": [0.99]}
+    with pytest.raises(Misfit) as caught:
+        grid(("real", 0.0, 1.0), options, Levels)
+    told = failure(caught.value)
+    assert (str(told), told.code) == (
+        "`times = [0.99]` begin above where sampling begins: write times below 0.987654, or a"
+        " larger `high`",
+        2,
+    )
+
+
 def test_interrupted(home, capsys, monkeypatch):
     from difftrain.commands import check
 
