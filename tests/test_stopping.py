@@ -1,5 +1,6 @@
 """Programs that are asked to end leave nothing half written, and an exit code that says so."""
 
+import contextlib
 import os
 import signal
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 from difftrain.cli import guarded
 from difftrain.compiler.executable import replaced
 from difftrain.sampling.pictures import whole
+from difftrain.training.sources import DataError
 
 
 def stopped_while_writing(write, number: int) -> int:
@@ -48,3 +50,51 @@ def test_a_signal_that_is_ignored_still_is(tmp_path):
         assert (tmp_path / "it").read_bytes() == b"whole"
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+class Interrupting:
+    """A descriptor that is interrupted while its class is being made: a RuntimeError up to 3.11."""
+
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def in_a_class() -> None:
+    type("Made", (), {"it": Interrupting()})
+
+
+def wrapped() -> None:
+    try:
+        in_a_class()
+    except BaseException as cause:
+        raise DataError("a file cannot be read") from cause
+
+
+def lost(error: Exception) -> None:
+    """Another error in place of the interruption, as libraries leave that are being loaded."""
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    raise error
+
+
+@pytest.mark.parametrize(
+    "program", [in_a_class, wrapped, partial(lost, ImportError("multiarray failed to import"))]
+)
+def test_an_interruption_that_became_another_error_is_one(capsys, program):
+    before = signal.getsignal(signal.SIGINT)
+    assert guarded(program) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_an_error_that_can_be_told_is_told_though_a_signal_came_before(capsys):
+    assert guarded(partial(lost, DataError("there is no picture"))) == 4
+    assert capsys.readouterr().err == "error: there is no picture\n"
+
+
+def test_without_a_signal_our_own_bug_is_one(capsys):
+    def broken() -> int:
+        raise ImportError("multiarray failed to import")
+
+    assert guarded(broken) == 70
+    assert capsys.readouterr().err.startswith("error: difftrain itself failed")

@@ -11,6 +11,7 @@ TOLD = {
     "difftrain.training.sources.DataError": FAILED,
     "difftrain.models.errors.PartError": USAGE,
     "difftrain.importers.config.ConfigError": USAGE,
+    "difftrain.language.finding.SpecError": FINDINGS,
     "difftrain.language.spacing.Misfit": USAGE,
     "difftrain.compiler.executable.Damaged": USAGE,
     "difftrain.compiler.kept.NotKept": ABSENT,
