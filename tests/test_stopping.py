@@ -3,11 +3,15 @@
 import contextlib
 import os
 import signal
+import sys
+import time
 from functools import partial
+from importlib import import_module
 
 import pytest
 
 from difftrain.cli import guarded
+from difftrain.commands import stopping
 from difftrain.compiler.executable import replaced
 from difftrain.sampling.pictures import whole
 from difftrain.training.sources import DataError
@@ -98,3 +102,41 @@ def test_without_a_signal_our_own_bug_is_one(capsys):
 
     assert guarded(broken) == 70
     assert capsys.readouterr().err.startswith("error: difftrain itself failed")
+
+
+# ---- while a module is loaded
+
+ASKED = f"import os, signal\nos.kill(os.getpid(), {signal.SIGTERM:d})\n"
+
+
+@pytest.fixture
+def loaded(tmp_path, monkeypatch):
+    """The name of a module that a signal comes in the middle of."""
+    (tmp_path / "asked.py").write_text(ASKED + "DONE = True\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "asked"
+    sys.modules.pop("asked", None)
+
+
+@pytest.mark.parametrize("rest", [0.0, 5.0])
+def test_an_import_is_finished_before_a_program_ends(loaded, capsys, rest):
+    before, begun = signal.getsignal(signal.SIGALRM), time.monotonic()
+
+    def program() -> int:
+        import_module(loaded)
+        time.sleep(rest)
+        return 0
+
+    assert guarded(program) == 143
+    assert sys.modules[loaded].DONE and time.monotonic() - begun < 4
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_an_import_that_does_not_end_is_not_waited_for(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "PATIENCE", 0.05)
+    (tmp_path / "asked.py").write_text(ASKED + "import time\ntime.sleep(5)\n")
+    begun = time.monotonic()
+    assert guarded(lambda: import_module(loaded) and 0) == 143
+    assert loaded not in sys.modules and time.monotonic() - begun < 4
