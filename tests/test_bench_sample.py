@@ -1,7 +1,10 @@
 """The table of samplers: what it measures and when, what it reads, what it prints."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from contextlib import nullcontext
 from importlib import import_module
@@ -18,7 +21,6 @@ from difftrain.export.running import Refused
 from difftrain.training.bundle import compile_text
 
 TOOLS = Path(__file__).parents[1] / "tools"
-ALL = "tensorrt,tensorrt-whole,compile,eager,pt2"
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,11 @@ def tool():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(TOOLS))
         yield import_module("bench_sample")
+
+
+@pytest.fixture(scope="module")
+def sampler(tool):
+    return import_module("bench.sampler")
 
 
 @pytest.fixture(scope="module")
@@ -38,139 +45,254 @@ def run(tmp_path_factory):
         return str(folder / exported.train("arrays"))
 
 
-def asked(**changed) -> Namespace:
+def asked(tool, **changed) -> Namespace:
     """The arguments of a call."""
-    plain = {"work": "dit-jump1,unet-dpm20", "only": ALL, "batch": "1,8", "run": "", "gpus": 1}
-    plain |= {"mode": "default", "library": "auto", "portable": False, "json": "", "child": ""}
+    plain = {"work": ",".join(tool.WORKS), "only": ",".join(tool.COLUMNS), "batch": "1,8"}
+    plain |= {"run": "", "gpu": "0", "together": 3, "limit": 60.0, "json": None}
+    plain |= {"mode": "default", "library": "auto", "portable": False}
     return Namespace(**plain | changed)
+
+
+def told(column, *batches, **changed) -> dict:
+    """The task of a process."""
+    plain = {"work": "run", "column": column, "batches": list(batches), "run": "", "spec": ""}
+    plain |= {"mode": "default", "library": "auto", "portable": False, "folder": None}
+    return plain | changed
 
 
 # ---- what is measured
 
 
 def test_the_most_wanted_is_measured_first(tool):
-    found = [(job.work, job.column, job.batches) for job in tool.jobs(asked())]
-    assert found == [
-        ("dit-jump1", "tensorrt", (1, 8)),
-        ("dit-jump1", "compile", (1,)),
-        ("unet-dpm20", "tensorrt", (1, 8)),
-        ("unet-dpm20", "compile", (1,)),
-        ("dit-jump1", "compile", (8,)),
-        ("dit-jump1", "tensorrt-whole", (1, 8)),
-        ("dit-jump1", "eager", (1, 8)),
-        ("unet-dpm20", "compile", (8,)),
-        ("unet-dpm20", "eager", (1, 8)),
-        ("dit-jump1", "pt2", (1,)),
-        ("unet-dpm20", "pt2", (1,)),
-        ("dit-jump1", "pt2", (8,)),
-        ("unet-dpm20", "pt2", (8,)),
-    ]
+    """One work after the other, each at one sample before many; then what takes long."""
+    found = [(job.work, job.column, job.batches) for job in tool.jobs(asked(tool))]
+    works = ["dit-jump1", "unet-lcm4", "dit-euler50", "unet-dpm20"]
+    each = [("tensorrt", (1, 8)), ("compile", (1,)), ("eager", (1, 8)), ("compile", (8,))]
+    few = [(work, "tensorrt-whole", (1, 8)) for work in works[:2]]
+    last = [(work, "pt2", (batch,)) for work in works for batch in (1, 8)]
+    assert found == [(work, *one) for work in works for one in each] + few + last
 
 
 def test_a_run_goes_before_the_works(tool):
-    found = tool.jobs(asked(work="dit-jump1", only="tensorrt-whole", batch="4", run="runs/a"))
-    assert found == [
+    args = asked(tool, work="dit-jump1", only="tensorrt-whole", batch="4", run="runs/a")
+    assert tool.jobs(args) == [
         tool.Job("run", "tensorrt-whole", (4,)),
         tool.Job("dit-jump1", "tensorrt-whole", (4,)),
     ]
 
 
-def test_every_column_is_built_and_every_work_is_a_spec(tool):
-    assert tool.BUILT.keys() == tool.COLUMNS.keys() >= {*tool.LOOPED, *tool.ALONE}
-    assert {*tool.FEW} <= {"run", *tool.WORKS}
+def test_what_does_not_exist_is_told(tool):
+    for changed in ({"work": "dit-jump2"}, {"only": "eager,tensor"}):
+        with pytest.raises(SystemExit, match="there is no `(dit-jump2|tensor)` here: use one of"):
+            tool.jobs(asked(tool, **changed))
+
+
+def test_every_column_is_built_and_every_work_is_a_spec(tool, sampler):
+    assert sampler.BUILT.keys() == tool.COLUMNS.keys() >= {*tool.LATER, *tool.ALONE}
+    assert sampler.WHOLE == tool.WHOLE and {*tool.FEW} <= {"run", *tool.WORKS}
     for name, text in tool.WORKS.items():
         assert compile_text(name, text).manifest["shapes"]["batch"]
 
 
-# ---- what is read
+def test_a_unet_may_compile_for_minutes(tool, tmp_path):
+    """A work is told what it needs, stays on the GPU of its first process, and may take long."""
+    bench = tool.Bench(asked(tool, work="unet-lcm4,unet-dpm20", only="compile"))
+    works = [bench._work(job, tmp_path / str(n)) for n, job in enumerate(bench.jobs)]
+    assert all(work.limits[0] >= 480 and work.memory for work in works)
+    first, second = works[0].result, works[2].result
+    assert [work.beside for work in works] == [None, first, None, second]
+    task = json.loads(Path(works[3].command[1]).read_text())
+    assert task["column"] == "compile" and task["batches"] == [8]
+    assert task["spec"] == tool.WORKS["unet-dpm20"] and not task["run"]
 
 
-def test_rows_are_read_up_to_a_cut(tool, tmp_path):
-    out, job = tmp_path / "a.json", tool.Job("dit-jump1", "tensorrt", (1, 8, 16))
-    row = {"work": "dit-jump1", "column": "tensorrt", "batch": 1, "ms": 2.0}
-    out.write_text(json.dumps(row) + '\n{"work": "dit-jump1", "batch": 8')
-    lost = [{**row, "batch": batch, "why": "no time"} for batch in (8, 16)]
-    for each in lost:
-        del each["ms"]
-    assert tool._read(out, job, "no time") == [row, *lost]
-    assert len(tool._read(tmp_path / "none.json", job, "failed (1)")) == 3
+# ---- what becomes of a process that does not do it
+
+PROCESS = """
+import json, os, signal, sys, time
+from pathlib import Path
+from bench.crew import TURN
+
+told, result = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+plain = {"ms": 2.0, "images/s": 500.0, "latents": 1e-3, "build s": 9, "device": "a GPU"}
+lines = [json.dumps({"batch": b, "torch": "2.13", **plain}) + chr(10) for b in told["batches"]]
+if told["column"] == "eager":
+    sys.exit("it fell over")
+if told["column"] == "compile":
+    print("compiling", flush=True)
+    time.sleep(600)
+while not Path(os.environ[TURN]).exists():
+    os.kill(os.getpid(), signal.SIGSTOP)
+if told["column"] == "pt2":
+    os.kill(os.getpid(), signal.SIGSEGV)
+if told["column"] == "tensorrt":
+    result.write_text(lines[0] + lines[1][:9])
+    time.sleep(600)
+result.write_text("".join(lines))
+"""
 
 
-def test_a_process_that_fails_and_one_without_time_say_so(tool, monkeypatch):
-    ended = [sys.executable, "-c", "raise SystemExit(3)"]
+@pytest.fixture
+def bench(tool, tmp_path, monkeypatch):
+    """Makes a bench of processes that do as their columns say."""
+    (tmp_path / "one.py").write_text(PROCESS)
+    monkeypatch.setattr(tool, "ONE", tmp_path / "one.py")
+    monkeypatch.setattr(import_module("bench.crew"), "SETTLED", 0.0)
+    return lambda **changed: tool.Bench(asked(tool, work="dit-jump1", **changed))
 
-    def start(args, job, gpu, out):
-        return tool.subprocess.Popen(ended, start_new_session=True)
 
-    monkeypatch.setattr(tool, "_started", start)
-    found: list[dict] = []
-    tool._all(asked(work="dit-jump1", only="tensorrt", limit=30.0), found)
-    assert [(row["batch"], row["why"]) for row in found] == [(1, "failed (3)"), (8, "failed (3)")]
-    found.clear()
-    tool._all(asked(work="dit-jump1", only="tensorrt", limit=0.0), found)
-    assert [row["why"] for row in found] == ["no time", "no time"]
+def test_what_hangs_or_dies_is_told_and_others_are_measured(tool, bench, tmp_path, monkeypatch):
+    monkeypatch.setitem(tool.COLUMNS, "compile", 2)
+    monkeypatch.setattr(tool, "MEASURING", 3)
+    file = tmp_path / "all.json"
+    one = bench(json=file)
+    one.run()
+    slow, died = "not ready to be measured after 2 s", "Segmentation fault: it said nothing"
+    assert {key[1:]: row.get("why", row.get("ms")) for key, row in one.rows.items()} == {
+        ("tensorrt", 1): 2.0,
+        ("tensorrt", 8): "not measured after 3 s",
+        ("compile", 1): slow,
+        ("compile", 8): slow,
+        ("eager", 1): "it fell over",
+        ("eager", 8): "it fell over",
+        ("tensorrt-whole", 1): 2.0,
+        ("tensorrt-whole", 8): 2.0,
+        ("pt2", 1): died,
+        ("pt2", 8): died,
+    }
+    assert one.rows["dit-jump1", "compile", 1]["log"] == "compiling\n"
+    assert json.loads(file.read_text())["dit-jump1 | compile | 8"]["why"] == slow
+
+
+def test_time_spent_waiting_is_not_held_against_a_process(tool, tmp_path):
+    crew = import_module("bench.crew")
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    now = time.monotonic()
+    for seconds, late in ((300, False), (100, True)):
+        work = crew.Work((), tmp_path / "a.json", limits=(seconds, 0))
+        one = crew.Running(work, [], "0", process, [[now - 900, now - 200]], now - 950)
+        assert one.late == late and not one.asks
+    process.communicate()
+    one.process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, one.process.pid, os.WEXITED | os.WNOWAIT)
+    assert not one.asks  # it has ended, and nobody has seen it yet
+    one.process.wait()
+
+
+def test_what_was_measured_before_the_time_was_up_is_shown(tool, bench, tmp_path):
+    file, late = tmp_path / "all.json", import_module("bench.crew").LATE
+    one = bench(json=file, only="tensorrt,compile,pt2", together=1, limit=5.0)
+    began = time.monotonic()
+    one.run()
+    assert time.monotonic() - began < 9
+    shown = tool.table(one.rows).splitlines()
+    assert shown[0].startswith("a GPU, torch 2.13, fp16")
+    assert "| dit-jump1 | 1 | tensorrt | 2.00 | 500.0 |  | 1.0e-03 |  | 9 s |" in shown
+    assert sum(line.endswith(f"| {late} | | | | | |") for line in shown) == len(one.rows) - 1 == 5
+    assert len(json.loads(file.read_text())) == 6
 
 
 # ---- what is printed
 
 
 def test_the_table(tool):
-    plain = {"work": "dit-jump1", "batch": 1, "latents": 1e-3, "images/s": 500.0, "build s": 9}
-    rows = [
-        {**plain, "column": "compile", "ms": 4.0, "one call": 2e-3},
-        {**plain, "column": "tensorrt", "ms": 2.0, "one call": 2e-3, "library": "rtx 1"},
-        {**plain, "column": "tensorrt-whole", "ms": 1.0, "library": "rtx 1"},
-        {"work": "dit-jump1", "column": "pt2", "batch": 8, "why": "no time"},
-    ]
+    plain = {"latents": 1e-3, "images/s": 500.0, "build s": 9}
+    rows = {
+        ("dit-jump1", "tensorrt-whole", 1): {**plain, "ms": 1.0, "library": "rtx 1"},
+        ("dit-jump1", "tensorrt", 1): {**plain, "ms": 2.0, "library": "rtx 1", "one call": 2e-3},
+        ("dit-jump1", "pt2", 8): {"why": "a | b"},
+        ("dit-jump1", "compile", 1): {**plain, "ms": 4.0, "one call": 2e-3},
+        ("run", "eager", 16): {**plain, "ms": 3.0, "one call": 2e-3},
+    }
     title, _, head, rule, *lines = tool.table(rows).splitlines()
     assert "from noise and conditions to latents: no text, no decoding" in title
     assert "unet-lcm4 is a plain UNet under `multistep`, without `w`" in title
     assert lines == [
-        "| dit-jump1 | 1 | compile, static | 4.00 | 500.0 | 2.0e-03 | 1.0e-03 | 1.00x | 9 s |",
+        "| run | 16 | eager | 3.00 | 500.0 | 2.0e-03 | 1.0e-03 |  | 9 s |",
         "| dit-jump1 | 1 | rtx 1 | 2.00 | 500.0 | 2.0e-03 | 1.0e-03 | 2.00x | 9 s |",
+        "| dit-jump1 | 1 | compile, static | 4.00 | 500.0 | 2.0e-03 | 1.0e-03 | 1.00x | 9 s |",
         "| dit-jump1 | 1 | rtx 1, whole sampler | 1.00 | 500.0 |  | 1.0e-03 | 4.00x | 9 s |",
-        "| dit-jump1 | 8 | pt2 | no time | | | | | |",
+        "| dit-jump1 | 8 | pt2 | a / b | | | | | |",
     ]
     assert {line.count("|") for line in (head, rule, *lines)} == {10}
+
+
+def test_a_run_is_measured_and_shown(run, tmp_path):
+    """All of it, as it is called: the table comes last, and nothing is compiled twice."""
+    file = tmp_path / "all.json"
+    command = [sys.executable, str(TOOLS / "bench_sample.py"), "--work", "", "--run", run]
+    command += ["--only", "eager,compile", "--batch", "2", "--mode", "default"]
+    command += ["--limit", "280", "--json", str(file)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    *_, eager, compiled = sorted(ended.stdout.splitlines(), key=lambda line: "compile," in line)
+    assert ended.returncode == 0 and eager in ended.stdout.splitlines()[-2:], ended.stderr
+    for line, name in ((eager, "eager"), (compiled, "compile, static")):
+        work, batch, column, ms, images, one, latents, ratio, took = line.strip("| ").split(" | ")
+        assert (work, batch, column) == ("run", "2", name), ended.stderr
+        assert float(images) == pytest.approx(2000 / float(ms), rel=0.1)
+        assert 0 < float(one) < 1e-2 and 0 < float(latents) < 1e-2
+        assert float(ratio[:-1]) > 0 and took.endswith(" s")
+    rows = json.loads(file.read_text())
+    assert [rows[f"run | {name} | 2"]["compiled"] for name in ("eager", "compile")] == [0, 1]
 
 
 # ---- what a process measures
 
 
 @pytest.fixture
-def quick(tool, monkeypatch):
-    monkeypatch.setattr(tool, "SECONDS", 0.0)
-    return tool
-
-
-def test_a_column_is_measured_for_every_batch(quick, run, tmp_path):
-    out = tmp_path / "a.json"
-    quick._measure(asked(child="run,eager", batch="1,3", run=run, json=str(out)))
-    rows = quick._read(out, quick.Job("run", "eager", (1, 3)), "failed")
-    assert [row["batch"] for row in rows] == [1, 3] and all("why" not in row for row in rows)
-    assert all(0 < row["latents"] < 1e-2 and row["one call"] < 1e-2 for row in rows)
-    assert quick.table(rows).count("| run |") == 2
+def quick(sampler, monkeypatch):
+    monkeypatch.setattr(sampler, "SECONDS", 0.0)
+    return sampler
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_whole_sampler_walks_as_its_steps(quick, run, whole):
+def test_a_column_is_measured_for_every_batch(quick, run):
     with opened(run, "tensorrt") as it:
-        exact = quick.piece(it, "fp32")
-        made = modules.pieces(it, "fp32", quick.DEVICE)["sampler"] if whole else exact
+        rows = list(quick.measured(it, told("eager", 1, 3, run=run)))
+    assert [row["batch"] for row in rows] == [1, 3] and all("why" not in row for row in rows)
+    assert all(0 < row["latents"] < 1e-2 and row["one call"] < 1e-2 for row in rows)
+    assert all(row["images/s"] * row["ms"] == pytest.approx(1e3 * row["batch"]) for row in rows)
+
+
+@torch.no_grad()
+def test_a_batch_that_fails_leaves_the_others(quick, run, monkeypatch):
+    def few(it, asked):
+        step = quick.Step(quick.called(quick.piece(it, "fp16")), False)
 
         def call(*inputs):
-            found = quick.called(made)(*inputs)
+            if len(inputs[0]) > 2:
+                raise torch.OutOfMemoryError("too much\nfor this GPU")
+            return step(*inputs)
+
+        return quick.Step(call, False), {}
+
+    monkeypatch.setitem(quick.BUILT, "eager", few)
+    with opened(run, "tensorrt") as it:
+        failed, done = quick.measured(it, told("eager", 1, 3, run=run))
+    assert failed["batch"] == 3 and failed["why"] == "failed: OutOfMemoryError: too much"
+    assert done["batch"] == 1 and done["ms"] > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("column", ["tensorrt-whole", "tensorrt"])
+def test_a_whole_sampler_walks_as_its_steps(quick, run, column):
+    with opened(run, "tensorrt") as it:
+        step = quick.piece(it, "fp32")
+        whole = modules.pieces(it, "fp32", quick.DEVICE)["sampler"]
+
+        def call(*inputs):
+            found = quick.called(whole if column == quick.WHOLE else step)(*inputs)
             return found if isinstance(found, tuple) else (found,)
 
-        row = quick._row(it, 3, exact, call, False, whole)
-    assert row["latents"] < 1e-6 and ("one call" in row) != whole and row["ms"] > 0
+        errors, again = quick.compared(it, quick.Step(call, False), column, 3)
+        assert len(again()) == 3
+    assert errors["latents"] < 1e-6 and ("one call" in errors) == (column != quick.WHOLE)
 
 
 def test_a_long_sampler_is_no_whole_one(quick, run):
     refused = pytest.raises(ExportError, match="a sampler of 12 evaluations is a loop of steps")
     with opened(run, "tensorrt", {"sample.solver": "euler(steps = 12)"}) as it, refused:
-        quick.BUILT[quick.WHOLE](it, (1, 2), asked())
+        quick.BUILT[quick.WHOLE](it, told(quick.WHOLE, 1, 2))
 
 
 @torch.no_grad()
@@ -180,5 +302,5 @@ def test_engines_are_built_also_where_none_can_be_opened(quick, run, column):
     with opened(run, "tensorrt") as it:
         refused = pytest.raises(Refused, match="does not run here")
         with nullcontext() if here else refused:
-            call, said = quick.BUILT[column](it, (1, 2), asked(portable=True))
+            call, said = quick.BUILT[column](it, told(column, 1, 2, portable=True))
             assert call.inputs[0] == ("x" if column == "tensorrt" else "noise") and said["library"]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -27,12 +28,14 @@ LATE = "not done when the time was up"
 @dataclass(frozen=True)
 class Work:
     """One process: what Python is told, where it writes its result and what it says, the GB that it
-    may take of a GPU. It runs where the work with the result `beside` does, if that has begun."""
+    may take of a GPU. It runs where the work with the result `beside` does, if that has begun, at
+    most the seconds of `limits` until its turn and from then on; waiting is not counted."""
 
     command: tuple[str, ...]
     result: Path
     memory: float = 0.0
     beside: Path | None = None
+    limits: tuple[float, float] = (inf, inf)
 
     @property
     def log(self) -> Path:
@@ -52,12 +55,29 @@ class Running:
     gpu: str
     process: subprocess.Popen
     pauses: list[list[float]] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)  # when it began, or its turn did
+    error: str = ""  # why it was ended
 
     @property
     def asks(self) -> bool:
-        """Whether it has stopped itself."""
+        """Whether it has stopped itself, or was made to wait."""
         options = os.WSTOPPED | os.WNOHANG | os.WNOWAIT
-        return os.waitid(os.P_PID, self.process.pid, options) is not None
+        try:
+            return os.waitid(os.P_PID, self.process.pid, options) is not None
+        except ChildProcessError:  # it has ended meanwhile
+            return False
+
+    @property
+    def limit(self) -> float:
+        """The seconds that it may run now."""
+        return self.work.limits[self.work.turn.exists()]
+
+    @property
+    def late(self) -> bool:
+        """Whether it runs for longer than it may."""
+        now = time.monotonic()
+        ran = now - self.since - self.waited(self.since, now)
+        return ran > self.limit and not self.asks
 
     def pause(self) -> None:
         self.pauses.append([time.monotonic(), float("inf")])
@@ -98,6 +118,7 @@ class Crew:
         waiting = [list(piece) for piece in pieces]
         try:
             while (waiting or self.running) and time.monotonic() < self.end:
+                self._end_late()
                 self._collect()
                 self._grant()
                 while started := self._start(waiting):
@@ -114,6 +135,13 @@ class Crew:
         """The time is up, as a handler of signals says it."""
         self.end = 0.0
 
+    def _end_late(self) -> None:
+        """Ends what hangs, so that others have their turn."""
+        for one in [r for r in self.running if r.late]:
+            doing = "measured" if one.work.turn.exists() else "ready to be measured"
+            one.error = f"not {doing} after {one.limit:.0f} s"
+            one.kill()
+
     def _collect(self) -> None:
         """Takes leave of processes that ended; what waited for them goes on."""
         for one in [r for r in self.running if r.process.poll() is not None]:
@@ -123,7 +151,7 @@ class Crew:
                 del self.holders[one.gpu]
                 for other in others:
                     other.resume()
-            self.told(one, last_line(one.work.log) if one.process.returncode else "")
+            self.told(one, one.error or failure(one))
             if one.rest:
                 self._begin(one.rest, one.gpu)
 
@@ -136,6 +164,7 @@ class Crew:
                 other.pause()
             time.sleep(SETTLED * bool(others))
             self.holders[gpu] = holder, others
+            holder.since = time.monotonic()
             holder.work.turn.touch()
             holder.process.send_signal(signal.SIGCONT)
 
@@ -198,6 +227,13 @@ def size(gpu: str) -> float:
     except FileNotFoundError:
         return float("inf")
     return float(told.stdout) * 2**20 / 1e9 if told.returncode == 0 else float("inf")
+
+
+def failure(ended: Running) -> str:
+    """Why a process did not succeed: what it said last, and the signal that ended it, if any."""
+    code = ended.process.returncode
+    said = last_line(ended.work.log) if code else ""
+    return f"{signal.strsignal(-code)}: {said}" if code < 0 else said
 
 
 def last_line(log: Path) -> str:
