@@ -61,12 +61,12 @@ def text(
     return whole
 
 
-def opened(spec: str, words=()) -> Opened:
+def opened(spec: str, words=(), known: Known | None = None) -> Opened:
     """A run of the spec before its first step."""
     bundle = compile_text("tiny", spec)
     read, device = bundle.read(), lowering.device("cpu")
     objective, data = read.objective(), block(read, "data")
-    known = Known(tuple(clip_tokenizer().used(words)) if words else ())
+    known = known or Known(tuple(clip_tokenizer().used(words)) if words else ())
     parts = build_parts(objective, known, 0, device, size=data["size"], sampling=True)
     model = Model(bundle, evaluate.programs(bundle, device), parts, parts.weights, 7)
     return Opened(model, objective, block(read, "sample"), None, data)
@@ -337,10 +337,6 @@ REFUSED = {
     "makes the moves of `ancestral` as it is asked for here": {
         "solver": "ancestral(steps = 3, variance = large)"
     },
-    "has continuous times, and the pipelines of diffusers": {
-        "process": "linear",
-        "prediction": "flow",
-    },
     "goes through the times of `ddim` in 4 steps: use `grid = trailing`": {
         "solver": "ddim(steps = 4, grid = uniform)"
     },
@@ -367,7 +363,7 @@ REFUSED = {
     " takes CLIP's: export to another target, such as `onnx`": {
         "backbone": "sd3.transformer(text = sd.clip, depth = 1, width = 16, heads = 2)"
     },
-    "no pipeline for this backbone": {
+    "the pipeline of DiT tells its network a class, and this one reads text": {
         "backbone": "dit.transformer(text = sd.clip, depth = 1, width = 16, heads = 2)"
     },
     "hides padding from a T5 encoder with its own": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,12 +14,15 @@ from difftrain.compiler.lowering import exact
 from difftrain.export.errors import Parted
 from difftrain.export.opened import Opened
 from difftrain.export.parity import SAMPLES, Recorded, apart
-from difftrain.models.text import TextEncoder
 from difftrain.sampling import solvers
 from difftrain.training import evaluate
 
 TOLERANCE = 1e-3  # of relative errors: diffusers computes levels in fp32
 WORD = "a picture of something"
+
+
+def _prompts(texts: list[str]) -> dict[str, object]:
+    return {"prompt": texts}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,8 @@ class Made:
     call: Mapping[str, object]
     network: str
     lowers: bool = False  # whether it writes prompts in lower case
+    told: Callable[[list[str]], Mapping[str, object]] = _prompts  # how it is told texts
+    known: str = ""  # what a reader of its README should know
 
 
 @torch.no_grad()
@@ -43,11 +48,9 @@ def compare(run: Opened, folder: Path, made: Made) -> float:
     texts = [p.lower().strip() if made.lowers else p for p in prompts(run)]
     with exact():
         asked, latents = _ours(run, texts)
-        theirs, found = _theirs(pipe, made, texts, asked[0], run)
-        decoded = pipe.vae.decode(found / pipe.vae.config.scaling_factor).sample
+        theirs = _theirs(pipe, made, texts, run)
         pictures = run.parts.codec.decode(latents)
-    pairs = [*zip(theirs, asked, strict=True), (found, latents), (decoded, pictures)]
-    errors = [apart(a, b) for a, b in pairs]
+    errors = [apart(a, b) for a, b in zip(theirs, (*asked, latents, pictures), strict=True)]
     places = [f"before evaluation {n} of {len(asked)}" for n in range(1, len(asked) + 1)]
     places += ["in the last latents", "in the pictures"]
     for place, error in zip(places, errors, strict=True):
@@ -69,21 +72,23 @@ def _ours(run: Opened, texts: list[str]) -> tuple[list[Tensor], Tensor]:
         return torch.randn(like.shape, generator=generator).to(like)
 
     draws = solvers.Draws(0, index, law)
-    like = torch.zeros(len(texts), *run.shape, device=run.device)
-    x = run.walk(model, solvers.start(model, like, run.grid, draws), run.grid, draws)
-    return model.asked, x
+    x = draws.noise(0, torch.zeros(len(texts), *run.shape, device=run.device))
+    return model.asked, run.walk(model, x, run.grid, draws)
 
 
-def _theirs(
-    pipe, made: Made, texts: list[str], x: Tensor, run: Opened
-) -> tuple[list[Tensor], Tensor]:
-    """The same of a pipeline, from the latents x [B, ...] on."""
-    generator = _generator(run)
-    torch.randn(x.shape, generator=generator)  # what our run began with
-    told = {"prompt": texts, "latents": x, "generator": generator, "output_type": "latent"}
-    with _asked(getattr(pipe, made.network)) as asked:
-        found = pipe(**told, **made.call).images
-    return [both[: len(x)] for both in asked], found
+def _theirs(pipe, made: Made, texts: list[str], run: Opened) -> list[Tensor]:
+    """What a pipeline asks its network, its last latents and its pictures; it begins with what the
+    generator draws first, as the run does here."""
+    vae = pipe.vae
+    first = vae.decoder if vae.post_quant_conv is None else vae.post_quant_conv
+    with (
+        _met(getattr(pipe, made.network)) as asked,
+        _met(first) as last,
+        _met(vae.decoder) as shown,
+    ):
+        pipe(**made.told(texts), **made.call, generator=_generator(run), output_type="pt")
+    latents = last[0][0] * vae.config.scaling_factor
+    return [*(both[: len(texts)] for both, _ in asked), latents, shown[0][1]]
 
 
 def _generator(run: Opened) -> torch.Generator:
@@ -91,12 +96,14 @@ def _generator(run: Opened) -> torch.Generator:
 
 
 @contextmanager
-def _asked(network: nn.Module) -> Iterator[list[Tensor]]:
-    """The noisy samples that a network is asked about, in order."""
-    asked: list[Tensor] = []
-    hook = network.register_forward_pre_hook(lambda _, given: asked.append(given[0].clone()))
+def _met(module: nn.Module) -> Iterator[list[tuple[Tensor, object]]]:
+    """What a module is given first and what it answers, call by call."""
+    calls: list[tuple[Tensor, object]] = []
+    hook = module.register_forward_hook(
+        lambda _, given, made: calls.append((given[0].clone(), made))
+    )
     try:
-        yield asked
+        yield calls
     finally:
         hook.remove()
 
@@ -107,8 +114,10 @@ def prompts(run: Opened) -> list[str]:
     return (own * SAMPLES)[:SAMPLES]
 
 
-def _words(text: TextEncoder) -> list[str]:
-    """Texts of the words that are tokens of an encoder whose table was cut to them."""
+def _words(text: nn.Module) -> list[str]:
+    """Texts that an encoder knows: classes, or words that are tokens of a table cut to them."""
+    if hasattr(text, "classes"):
+        return text.vocabulary or [str(i) for i in range(text.classes)]
     known = text.vocabulary
     words = [word for word, ids in text.tokens.words(known) if len(ids) == 1] if known else []
     return [" ".join(some) for some in (words[-4:], words[:4]) if some]

@@ -11,19 +11,22 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 import difftrain
-from difftrain.export import saved
+from difftrain.export import dit, saved
 from difftrain.export.beside import Made, compare, prompts
 from difftrain.export.errors import ExportError
 from difftrain.export.opened import Opened
-from difftrain.export.schedulers import scheduler
+from difftrain.export.schedulers import of_steps, scheduler
 from difftrain.language.forms import clock
 from difftrain.language.term import is_const
 from difftrain.models.text import TextEncoder
 from difftrain.training.folder import writable
 
+EVERY = 1000  # times that stand for all of a continuous process
+EXACT_ANYWHERE = 1e-4  # of a layer that was solved for
 WRAPPED = {"c_in": 1, "c_out": 1, "c_skip": 0}  # what a network is called bare with
 
 
@@ -100,7 +103,8 @@ def _guidance(run: Opened) -> float:
 
 def _pipeline(run: Opened) -> Made:
     """The pipeline of the network's kind, made of copies."""
-    network = getattr(run.parts.modules["student"], "module", None)
+    student = run.parts.modules["student"]
+    network = getattr(student, "module", student)
     make = PIPELINES.get(type(network).__name__)
     if make is None:
         raise ExportError(NONE.get(type(network).__name__, _no_pipeline("this backbone")))
@@ -112,7 +116,7 @@ def _stable_diffusion(run: Opened, network: nn.Module) -> Made:
 
     text = _text(run, "CLIPTextModel", "sd.clip")
     pipe = StableDiffusionPipeline(
-        **_shared(run),
+        **_framed(run),
         unet=saved.copied(network, sample_size=run.shape[1]),
         text_encoder=saved.encoder(text),
         tokenizer=saved.byte_pairs(text),
@@ -132,12 +136,11 @@ def _pixart(run: Opened, network: nn.Module) -> Made:
             "PixArt's pipeline hides padding from a T5 encoder with its own tokenizer: use"
             " `t5.encoder` with `weights`, and leave `padding = hidden`"
         )
-    if run.sampling["guidance_rescale"]:
-        raise ExportError("PixArt's pipeline rescales no guidance: leave `guidance_rescale` out")
+    _rescales_nothing(run, "PixArt")
     if network.use_additional_conditions:
         raise ExportError(_no_pipeline("a PixArt network that is told the sides of the picture"))
     pipe = PixArtSigmaPipeline(
-        **_shared(run),
+        **_framed(run),
         transformer=saved.copied(network, sample_size=run.shape[1]),
         text_encoder=saved.encoder(text),
         tokenizer=text.tokens.backend,
@@ -147,9 +150,55 @@ def _pixart(run: Opened, network: nn.Module) -> Made:
     return Made(pipe, call, "transformer", lowers=True)
 
 
+def _dit(run: Opened, network: nn.Module) -> Made:
+    from diffusers import DiTPipeline
+
+    dit.fits(network.form)
+    if run.table.draws:
+        raise ExportError(
+            "DiT's pipeline draws what its solver adds without a seed: use a solver that draws"
+            " nothing, such as `ddim`"
+        )
+    _rescales_nothing(run, "DiT")
+    call = _called(run)
+    scale = 1 if of_steps(run) else max(1, round(network.form.time_scale))
+    transformer, off = dit.transformer(network, run.shape[1], _times(run, scale))
+    pipe = DiTPipeline(transformer, **_shared(run, scale))
+    labels = run.parts.text
+    pipe.register_to_config(id2label={str(i): name for name, i in labels.place.items()} or None)
+    known = "" if off <= EXACT_ANYWHERE else _steps_alone(call["num_inference_steps"])
+
+    def told(texts: list[str]) -> dict[str, object]:
+        ids = labels.ids(texts)[:, 0].tolist()
+        return {"class_labels": [dit.NULL if i == labels.classes else i for i in ids]}
+
+    return Made(pipe, call, "transformer", told=told, known=known)
+
+
+def _rescales_nothing(run: Opened, name: str) -> None:
+    if run.sampling["guidance_rescale"]:
+        raise ExportError(f"{name}'s pipeline rescales no guidance: leave `guidance_rescale` out")
+
+
+def _times(run: Opened, scale: int) -> dit.Times:
+    """The times of the solver and of the whole process."""
+    kind, low, high = run.bundle.manifest["time"]
+    every = torch.arange(int(high)) if kind == "index" else torch.linspace(low, high, EVERY)
+    return dit.Times(run.grid[:-1], every, scale)
+
+
+def _steps_alone(steps: int) -> str:
+    return (
+        f"\nThe network of this pipeline embeds times at other rates than the one that was trained,"
+        f" and is the same\nat the times of {steps} steps alone: export again to sample with"
+        " another number.\n"
+    )
+
+
 PIPELINES = {
     "UNet2DConditionModel": _stable_diffusion,
     "PixArtTransformer2DModel": _pixart,
+    "Transformer": _dit,
 }
 NONE = {
     "SD3Transformer2DModel": "the pooled text of this network is a projection of its own, and"
@@ -158,23 +207,36 @@ NONE = {
 }
 
 
-def _shared(run: Opened) -> dict[str, object]:
-    """The scheduler, and the codec as pipelines of latents know it."""
-    codec, scale = run.parts.codec, run.parts.modules["student"].time_scale
-    if scale != 1:
+def _framed(run: Opened) -> dict[str, object]:
+    """What pipelines share that call the network itself, which is told times as the scheduler
+    has them."""
+    scale = run.parts.modules["student"].time_scale
+    if of_steps(run) and scale != 1:
         raise ExportError(
             f"`time_scale = {scale:g}`, and the pipelines of diffusers tell this network its times"
             " as they are: train it with `time_scale = 1`"
         )
+    if scale < 1 or scale % 1:
+        raise ExportError(
+            f"`time_scale = {scale:g}`, and schedulers of diffusers tell times whole numbers as"
+            " large: train it with one, such as `time_scale = 1000`"
+        )
+    made = _shared(run, int(scale))
+    if not hasattr(made["scheduler"], "init_noise_sigma"):  # pipelines ask for it
+        made["scheduler"].register_to_config(init_noise_sigma=1.0)
+    return made
+
+
+def _shared(run: Opened, scale: int) -> dict[str, object]:
+    """The scheduler, which tells times `scale` times as large, and the codec as pipelines of
+    latents know it."""
+    codec = run.parts.codec
     if type(codec.model).__name__ != "AutoencoderKL":
         raise ExportError(
             "the pipelines of diffusers decode latents of an AutoencoderKL, and the codec is none:"
             " use `codec = sd.vae`"
         )
-    return {
-        "scheduler": scheduler(run),
-        "vae": saved.autoencoder(codec),
-    }
+    return {"scheduler": scheduler(run, scale), "vae": saved.autoencoder(codec)}
 
 
 def _text(run: Opened, kind: str, instead: str) -> TextEncoder:
@@ -207,7 +269,8 @@ def _facts(run: Opened) -> dict[str, str]:
 
 def _card(run: Opened, made: Made, folder: Path, error: float) -> str:
     manifest = run.bundle.manifest
-    call = "".join(f",\n    {name}={value!r}" for name, value in made.call.items())
+    given = {**made.told(prompts(run)[:1]), **made.call}
+    call = ",".join(f"\n    {name}={value!r}" for name, value in given.items())
     return f"""# {manifest["name"]}
 
 A pipeline of diffusers, exported by difftrain {difftrain.__version__} from step {run.model.step} of
@@ -217,11 +280,10 @@ the spec {manifest["spec"]} (graph {manifest["graph"]}).
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{folder.name}")
-picture = pipe(
-    {prompts(run)[0]!r}{call},
+picture = pipe({call},
 ).images[0]
 ```
 
 On the same first latents it makes those of `difftrain sample`: the relative error was {error:.1e}.
 Pipelines begin with noise of standard deviation 1; the run begins with sigma of its first time.
-"""
+{made.known}"""

@@ -1,0 +1,122 @@
+"""Runs on the straight path between data and noise as pipelines of diffusers."""
+
+import json
+
+import pipeline
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from test_export_diffusers import (
+    LOADED,
+    PROMPTS,
+    SCHEDULER,
+    T5,
+    first,
+    opened,
+    pictures,
+    pixart,
+    quiet,
+    text,
+    told,
+    words,
+)
+
+from difftrain.export import diffusers
+from difftrain.export.beside import compare
+from difftrain.export.errors import ExportError, Parted
+
+THOUSAND = LOADED.replace("codec", "time_scale = 1000, codec")
+
+
+def straight(backbone=THOUSAND, solver="euler(steps = 5)", **more) -> str:
+    """A spec of a flow."""
+    return text(backbone, **{"process": "linear", "prediction": "flow", "solver": solver, **more})
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with a pretrained pipeline in `sd`."""
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    return pipeline.save(tmp_path / "sd").parent
+
+
+WALKS = {
+    "euler": {},
+    "shifted": {"solver": "ddim(steps = 5, shift = 3)"},
+    "one step": {"backbone": LOADED, "solver": "euler(steps = 1)"},
+}
+
+
+@pytest.mark.parametrize("parts", WALKS.values(), ids=WALKS)
+def test_diffusers_draws_the_same_pictures(home, parts):
+    run = opened(straight(**parts))
+    pipe = DiffusionPipeline.from_pretrained(diffusers.export(run, home / "out", quiet))
+    assert isinstance(pipe, StableDiffusionPipeline)
+    called = {"num_inference_steps": len(run.grid) - 1, "guidance_scale": 2.0}
+    theirs = pipe(PROMPTS, output_type="pt", latents=first(run), **called).images
+    ours = (pictures(run).clamp(-1, 1) + 1) / 2
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+    assert (ours[0] - ours[1]).abs().max() > 0.01
+
+
+def test_times_are_shifted_as_those_that_were_trained(home):
+    shifted = straight(process="own").replace(
+        "objective tiny", "process own from linear { t' = shift(t, 3) }\nobjective tiny"
+    )
+    folder = diffusers.export(opened(shifted), home / "out", quiet)
+    config = json.loads((folder / SCHEDULER).read_text())
+    assert (config["shift"], config["num_train_timesteps"]) == (3.0, 1000)
+
+
+DAMAGES = {
+    "before evaluation 2 of 5": ("shift", 1.1),
+    "parts from the run": ("num_train_timesteps", 900),
+}
+
+
+def test_where_a_pipeline_parts_is_told(home):
+    run = opened(straight())
+    folder, made = diffusers.export(run, home / "out", quiet), diffusers._pipeline(run)
+    whole = (folder / SCHEDULER).read_text()
+    for place, (name, value) in DAMAGES.items():
+        (folder / SCHEDULER).write_text(whole)
+        told(SCHEDULER, name, value)(folder)
+        with pytest.raises(Parted, match=place):
+            compare(run, folder, made)
+
+
+def test_a_pixart_run_is_a_pixart_pipeline(home):
+    words(home / "px")
+    whole = pixart(process="linear", prediction="flow", solver="euler(steps = 4)")
+    run = opened(whole.replace(T5, f"{T5}, time_scale = 1000"))
+    with torch.no_grad():  # a new one says nothing
+        torch.nn.init.normal_(run.parts.modules["student"].module.proj_out.weight, std=0.1)
+    said = []
+    diffusers.export(run, home / "out", said.append)
+    assert float(said[0].split()[-1]) < 1e-5
+
+
+REFUSED = {
+    "on the straight path alone, alpha = 1 - t and sigma = t: train on `linear`": {
+        "process": "gvp"
+    },
+    "`heun`: the schedulers of diffusers that make more than Euler steps on continuous times": {
+        "solver": "heun(steps = 4)"
+    },
+    "goes through the times of `euler` here: use `grid = even`": {
+        "solver": "euler(steps = 4, grid = power)"
+    },
+    "no prediction type `sample` on continuous times": {"prediction": "sample"},
+    "`time_scale = 1.5`, and schedulers of diffusers tell times whole numbers as large": {
+        "backbone": LOADED.replace("codec", "time_scale = 1.5, codec")
+    },
+}
+
+
+@pytest.mark.parametrize(("message", "parts"), REFUSED.items(), ids=REFUSED)
+def test_what_has_no_form_in_diffusers_is_refused(home, message, parts):
+    with pytest.raises(ExportError) as problem:
+        diffusers.export(opened(straight(**parts)), home / "out", quiet)
+    assert message in str(problem.value)
+    assert [p.name for p in home.iterdir()] == ["sd"]
