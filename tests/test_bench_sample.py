@@ -254,6 +254,31 @@ def test_a_column_is_measured_for_every_batch(quick, run):
     assert all(row["images/s"] * row["ms"] == pytest.approx(1e3 * row["batch"]) for row in rows)
 
 
+SMALL = {  # what makes the works small
+    "sit.xl2(": "sit.transformer(depth = 1, width = 16, heads = 2, patch = 4, codec = sd.pixels, ",
+    "sd.unet(": "sd.unet(codec = sd.pixels, channels = [8], layers = 1, heads = 2, attention = [0],"
+    " groups = 4, ",
+    "layers = 12, width = 768, heads = 12": "layers = 1, width = 16, heads = 2, length = 8",
+    "import std.label": "import std.label\nimport std.sd",
+    "256px": "8px",
+    "512px": "8px",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dit-jump1", "unet-lcm4"])
+def test_a_work_that_was_never_trained_is_measured(tool, quick, name):
+    text = tool.WORKS[name]
+    for large, small in SMALL.items():
+        text = text.replace(large, small)
+    task = told("eager", 2, work=name, spec=text)
+    with quick.work(task) as it:
+        (row,) = quick.measured(it, task)
+        one = quick._first(it, quick.piece(it, "fp32"), 2)
+    assert 0 < row["latents"] < 1e-2 and row["network"].startswith("random")
+    assert len({value.data_ptr() for value in one}) == len(one)  # else compiled for that alone
+
+
 @torch.no_grad()
 def test_a_batch_that_fails_leaves_the_others(quick, run, monkeypatch):
     def few(it, asked):
