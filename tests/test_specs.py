@@ -1,6 +1,8 @@
 """The specs that ship: each is clean, in the one layout, and compiles to Python that parses."""
 
 import ast
+import re
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,11 @@ import pytest
 from difftrain.compiler.texts import PARTS
 from difftrain.language.check import check
 from difftrain.language.format import format_text
+from difftrain.language.part import Part
+from difftrain.language.scope import formals, lineage
 from difftrain.language.spec import read_text
+from difftrain.language.tree import Define
+from difftrain.models import PLACES, builder
 from difftrain.training.bundle import compile_spec
 
 SPECS = Path(__file__).parent.parent / "specs"
@@ -36,3 +42,21 @@ def test_it_compiles(path):
             functions = {n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)}
             assert {"tables", "compute"} <= functions, file
     assert "eps" in bundle.manifest["streams"]
+
+
+def made(definition) -> str:
+    """The name of what builds a block's part."""
+    body = [s for d in lineage(definition) for s in d.node.body if isinstance(s, Define)]
+    return next((s.value.span.text for s in reversed(body) if s.name == "module"), "")
+
+
+@pytest.mark.parametrize("path", [p for p in ALL if p.parent.name == "std"], ids=name)
+def test_whole_numbers_are_those_that_builders_take(path):
+    for definition in check(read_text(path))[0].names.own.values():
+        module = made(definition) if hasattr(definition.node, "body") else ""
+        if module not in PLACES:
+            continue
+        takes = signature(builder(Part(definition.kind, module, {}))).parameters
+        found = {n: formal.whole for n, (formal, _) in formals(definition).items() if n in takes}
+        wanted = {n: bool(re.search(r"\bint\b", str(takes[n].annotation))) for n in found}
+        assert found == wanted, definition.name

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from difftrain.language.finding import Finding, Label
-from difftrain.language.names import is_shipped
 from difftrain.language.nearest import nearest
 from difftrain.language.tree import (
     Expr,
@@ -15,21 +14,21 @@ from difftrain.language.tree import (
     Name,
     Negate,
     Number,
+    Param,
     Quantity,
 )
 
-# of the library's own options; what others call theirs says nothing
-COUNTED = ("batch", "count", "keep", "seed", "size", "steps", "warmup")
-COUNTED += ("log_every", "sample_every", "save_every", "snapshots_every")
 
-
-def check_domain(formal: Formal, expr: Expr, value, found: list[Finding]) -> None:
+def check_domain(formal: Formal | Param, expr: Expr, value, found: list[Finding]) -> None:
     """Findings where the value is outside what the parameter may be; of a range or a list, each of
     its numbers."""
     domain = _fitting(formal.domain, value)
+    broken = [*_broken(expr, value)] if isinstance(formal, Formal) and formal.whole else []
     if value is None:
         return
-    if isinstance(domain, ListOf) and value not in _allowed(domain):
+    if broken:
+        found.append(_fraction(formal.name, expr, broken[0], domain))
+    elif isinstance(domain, ListOf) and value not in _allowed(domain):
         found.append(_no_choice(formal.name, expr, value, domain))
     elif isinstance(domain, Interval) and isinstance(value, tuple):
         found += _several(formal, expr, value, domain)
@@ -87,13 +86,24 @@ def _descending(name: str, expr: Expr, ends: tuple) -> Finding:
 
 def _one(formal: Formal, expr: Expr, value, domain: Interval) -> Iterator[Finding]:
     low, high = plain(domain.low), plain(domain.high)
-    counted = formal.name in COUNTED and is_shipped(formal.span)
     if not is_number(value):
         yield _none(formal.name, "a number", expr, domain)
-    elif counted and not float(value).is_integer():
-        yield _none(formal.name, "a whole number", expr, domain)
     elif None not in (low, high) and low <= high and not low <= value <= high:
         yield _outside(formal.name, expr, value, domain)
+
+
+def _broken(expr: Expr, value) -> Iterator[Expr]:
+    """Where a number stands that is not whole."""
+    several = isinstance(value, tuple)
+    each = zip(_parts(expr, value), value, strict=True) if several else [(expr, value)]
+    return (part for part, v in each if is_number(v) and not float(v).is_integer())
+
+
+def _fraction(name: str, expr: Expr, part: Expr, domain: Expr | None) -> Finding:
+    what = "holds whole numbers" if isinstance(expr, ListOf) else "is a whole number"
+    text = f"`{name}` {what}, and `{part.span.text}` is none"
+    hint = "write a whole number" + (f" in {domain.span.text}" if domain else "")
+    return Finding("DIF124", text, Label(part.span), help=hint)
 
 
 def _none(name: str, what: str, expr: Expr, domain: Interval) -> Finding:

@@ -10,6 +10,7 @@ from difftrain.language.names import Definition
 from difftrain.language.nearest import nearest
 from difftrain.language.scope import (
     REMARKS,
+    WHOLE,
     Equation,
     Equations,
     Lack,
@@ -48,7 +49,7 @@ def add_use(
         s.name
         for s in statements
         if isinstance(s, (Define, Draw)) and (apart or s.name not in equations.quantities)
-    } - {*REMARKS}
+    } - {*REMARKS, WHOLE}
     bound = bind(use, found)
     local = {name: f"{label}.{name}" for name in (*bound, *made)}
     words = frozenset(w for f, _ in formals(use.definition).values() for w in choices(f))
@@ -95,7 +96,7 @@ def add_statements(equations, statements, scope, found, layer, use=None) -> None
     for definition in lineage(use.definition) if use is not None else ():
         _remarks(equations, definition, use, scope)
     for node in statements:
-        if use is not None and isinstance(node, Define) and node.name in REMARKS:
+        if use is not None and isinstance(node, Define) and node.name in (*REMARKS, WHOLE):
             continue
         if isinstance(node, (Define, Draw)):
             _base(equations, node, scope, found, layer, before)

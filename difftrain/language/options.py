@@ -10,7 +10,7 @@ from difftrain.language.derive import Derivation
 from difftrain.language.finding import Finding, Fix, Label
 from difftrain.language.names import TARGETS, Names, standard
 from difftrain.language.nearest import nearest
-from difftrain.language.scope import Equations, Scope
+from difftrain.language.scope import Equations, Scope, formals
 from difftrain.language.term import Term
 from difftrain.language.tree import Block, Define, Expr, Formal, ListOf, Name, Quantity, Span, Text
 from difftrain.language.values import read_option
@@ -44,8 +44,8 @@ def decays(train: Run) -> tuple[Term, ...]:
 def schema(kind: str) -> dict[str, tuple[Formal, Names]]:
     """The options of a block, from the library."""
     for names in standard():
-        if ("options", kind) in names.own:
-            return {f.name: (f, names) for f in names.own["options", kind].node.formals}
+        if block := names.own.get(("options", kind)):
+            return {name: (formal, names) for name, (formal, _) in formals(block).items()}
     return {}
 
 

@@ -7,7 +7,7 @@ from outside as `block.name`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from difftrain.language.names import Definition, Names
 from difftrain.language.tree import (
@@ -27,6 +27,7 @@ OPEN = ("t", "alpha", "sigma", "target", "r")
 NETS = ("student", "teacher")
 DERIVED = ("row_a", "row_b")
 REMARKS = ("needs", "help", "lacks", "because", "has_guidance")  # what a block says about its use
+WHOLE = "whole"  # where a block lists those of its parameters that count something
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +149,24 @@ def base_of(definition: Definition) -> Definition | None:
 
 
 def formals(definition: Definition) -> dict[str, tuple[Formal, Definition]]:
-    """The parameters of a block with those of its bases; the newest default counts."""
-    return {f.name: (f, d) for d in lineage(definition) for f in d.node.formals}
+    """The parameters of a block with those of its bases; the newest default counts, the newest
+    range that is said, and every list of whole numbers."""
+    line = lineage(definition)
+    said = [s for d in line for s in d.node.body if isinstance(s, Define) and s.name == WHOLE]
+    counted = {name for statement in said for name in named(statement.value)}
+    found: dict[str, tuple[Formal, Definition]] = {}
+    for block in line:
+        for formal in block.node.formals:
+            older = found[formal.name][0].domain if formal.name in found else None
+            whole, domain = formal.name in counted, formal.domain or older
+            found[formal.name] = replace(formal, domain=domain, whole=whole), block
+    return found
+
+
+def named(listed: Expr | None) -> list[str]:
+    """The names that stand in a list."""
+    items = listed.items if isinstance(listed, ListOf) else ()
+    return [item.dotted for item in items if isinstance(item, Name)]
 
 
 def choices(formal: Formal) -> tuple[str, ...]:

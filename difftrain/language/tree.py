@@ -171,6 +171,7 @@ class Formal:
     domain: Expr | None
     default: Expr | None
     span: Span = _span()
+    whole: bool = False  # its block lists it among what counts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from difftrain.language.finding import Finding, Label
 from difftrain.language.names import Names
 from difftrain.language.nearest import nearest
 from difftrain.language.part import Part, written
-from difftrain.language.scope import Equations, Scope, Use, choices, formals, lineage
+from difftrain.language.scope import WHOLE, Equations, Scope, Use, choices, formals, lineage
 from difftrain.language.tree import (
     Call,
     Define,
@@ -27,7 +27,7 @@ from difftrain.language.worlds import HERE, Frame, Problem
 
 # ---- parts
 
-FOR_RULES = ("reads", "together", "levels")  # what a block says for rules: quantities, and options
+FOR_RULES = ("reads", "together", "levels", WHOLE)  # what a block says for rules
 LISTED = ("times", "inputs")  # options of a network that name quantities
 
 

@@ -20,7 +20,8 @@ def domains(case: Case, found: list[Finding]) -> None:
     for use in case.objective.equations.uses:
         for name, (formal, _) in formals(use.definition).items():
             written = versions.get(f"{use.label}.{name}", [None])[0]
-            if formal.domain is None or written is None or is_shipped(written.span):
+            bound = formal.domain is not None or formal.whole
+            if not bound or written is None or is_shipped(written.span):
                 continue
             words = choices(formal)
             term = case.term(f"{use.label}.{name}")

@@ -16,7 +16,7 @@ from difftrain.language.options import Run, schema
 from difftrain.language.part import Part
 from difftrain.language.rules.case import TIME, Case, shown
 from difftrain.language.rules.run import ascending
-from difftrain.language.scope import formals, lineage
+from difftrain.language.scope import WHOLE, formals, lineage, named
 from difftrain.language.spacing import DEFAULTS, Law, Misfit, above, check, chosen
 from difftrain.language.spec import Spec
 from difftrain.language.tree import Block, Call, Define, Expr, ListOf, Name, Span
@@ -36,7 +36,7 @@ def solver(case: Case, found: list[Finding]) -> None:
         return
     said = _said(definition)
     found += _idle(case, run, said.get("together"))
-    for name in _names(said.get("reads")):
+    for name in named(said.get("reads")):
         problem = lacking(case.objective, name)
         if problem or case.term(name) is None:
             found.append(_no_solver(case, run, definition.name, name, problem))
@@ -47,7 +47,7 @@ def _idle(case: Case, run: Run, together: Expr | None) -> Iterator[Finding]:
     """Options that the call of a solver sets, and that count for nothing where the first of those
     that go `together` is 0."""
     call, part = _called(case.spec), run["solver"]
-    names = _names(together)
+    names = named(together)
     if not names or not isinstance(call, Call) or part is None:
         return
     switch, *others = names
@@ -163,8 +163,8 @@ def _misfit(case: Case, run: Run, told: Misfit) -> Finding:
 def _levels(case: Case, run: Run, definition: Definition, walked: Ends) -> Iterator[Finding]:
     """A range of sigma / alpha, in which a solver does something, with no step in it."""
     said, options = _said(definition), run["solver"].options
-    names = [name for name in _names(said.get("levels")) if is_number(options.get(name))]
-    off = any(options.get(name) == 0 for name in _names(said.get("together"))[:1])
+    names = [name for name in named(said.get("levels")) if is_number(options.get(name))]
+    off = any(options.get(name) == 0 for name in named(said.get("together"))[:1])
     if off or len(names) != 2:
         return
     low, high = (options[name] for name in names)
@@ -240,26 +240,35 @@ def _said(definition: Definition) -> dict[str, Expr]:
     return {s.name: s.value for s in body}
 
 
-def _names(listed: Expr | None) -> list[str]:
-    items = listed.items if isinstance(listed, ListOf) else ()
-    return [item.dotted for item in items if isinstance(item, Name)]
-
-
 # ---- blocks of a user's own
 
-LISTS = {"reads": "quantity", "together": "option", "levels": "option"}
+OPTIONS = ("together", "levels", WHOLE)  # lists of options; `reads` lists quantities
+LISTS = {"solver": ("reads", *OPTIONS), "objective": ()}  # of any other block: WHOLE
 
 
 def blocks(spec: Spec, found: list[Finding]) -> None:
-    """What the block of a solver lists are names: of quantities, or of options that it has."""
+    """What a block lists are names: of options that it has, or of quantities that a solver reads.
+    Levels have two ends."""
     for definition in spec.names.own.values():
-        for node in definition.node.body if definition.kind == "solver" else ():
-            if isinstance(node, Define) and node.name in LISTS:
+        lists = LISTS.get(definition.kind, (WHOLE,))
+        for node in getattr(definition.node, "body", ()):
+            if isinstance(node, Define) and node.name in lists:
                 found += _no_names(definition, node)
+                found += _no_ends(node) if node.name == "levels" else ()
+
+
+def _no_ends(node: Define) -> Iterator[Finding]:
+    listed = node.value.items if isinstance(node.value, ListOf) else ()
+    if len(listed) not in (0, 2):  # none: those of the base do not count here
+        text = "`levels` lists the two ends of a range"
+        hint = "write `levels = [low, high]`, both names of options"
+        because = f"this lists {len(listed)}"
+        yield Finding("DIF118", text, Label(node.value.span), (), because, hint)
 
 
 def _no_names(definition: Definition, node: Define) -> Iterator[Finding]:
-    kind, known = LISTS[node.name], list(formals(definition))
+    kind = "option" if node.name in OPTIONS else "quantity"
+    known = list(formals(definition))
     if not isinstance(node.value, ListOf):
         yield not_a("list", node.value, f"write `{node.name} = [{node.value.span.text}]`")
         return
