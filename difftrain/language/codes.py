@@ -113,8 +113,8 @@ DIF116 several parts in a slot for one
 DIF117 a strategy listed twice
     Applying a rewrite twice is never what is meant.
 DIF118 something else than a name in a slot
-    A slot takes the name of a block, with or without arguments. What a solver's block lists are
-    names too: of quantities, or of options that it has.
+    A slot takes the name of a block, with or without arguments. What a block lists are names too:
+    of options that it has, such as those that count something (`whole`), or of quantities.
 DIF119 a block that is not there
     The name is neither in this file, nor in the library, nor in an import. What a network is given
     as `times` and `inputs` are quantities of the objective.
@@ -238,7 +238,7 @@ DIF221 an entry that a table does not have
     computed, so it stays inside on both.
 DIF301 an argument that changes nothing
     Whatever a spec says is read by training or sampling; what is not read is a mistake that
-    says nothing.
+    says nothing. Noise between the steps of a solver needs two of them.
 DIF302 a definition that nothing uses
     In a file with objectives, parameters and blocks are there to be used. A file without
     objectives is a library, and its definitions are the point.

@@ -27,7 +27,7 @@ from difftrain.language.worlds import HERE, Frame, Problem
 
 # ---- parts
 
-FOR_RULES = ("reads", "together", "levels", WHOLE)  # what a block says for rules
+FOR_RULES = ("reads", "together", "between", "levels", WHOLE)  # what a block says for rules
 LISTED = ("times", "inputs")  # options of a network that name quantities
 
 

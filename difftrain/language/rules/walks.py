@@ -36,6 +36,7 @@ def solver(case: Case, found: list[Finding]) -> None:
         return
     said = _said(definition)
     found += _idle(case, run, said.get("together"))
+    found += _alone(case, run, said.get("between"))
     for name in named(said.get("reads")):
         problem = lacking(case.objective, name)
         if problem or case.term(name) is None:
@@ -56,6 +57,23 @@ def _idle(case: Case, run: Run, together: Expr | None) -> Iterator[Finding]:
             text = f"`{argument.name}` of `{call.dotted}` is set and never read"
             because, hint = f"`{switch}` is 0", f"set `{switch}`, or leave `{argument.name}` out"
             yield Finding("DIF301", text, Label(argument.span), because=because, help=hint)
+
+
+def _alone(case: Case, run: Run, between: Expr | None) -> Iterator[Finding]:
+    """Options that the call of a solver sets, and that count `between` steps, where there is one
+    step: only a warning, as the number of steps is what changes most often."""
+    call, part = _called(case.spec), run["solver"]
+    options = part.options if part is not None and isinstance(call, Call) else {}
+    if options.get("steps") != 1 or options.get("times"):
+        return
+    for argument in call.args:
+        name = argument.name
+        if name in named(between) and options.get(name) != 0:
+            text = f"`{name}` of `{call.dotted}` is set and never read"
+            because = "it counts between two steps, and there is one step"
+            hint = f"leave `{name}` out, or take more steps"
+            at = Label(argument.span)
+            yield Finding("DIF301", text, at, (), because, hint, severity="warning")
 
 
 def _solver(spec: Spec) -> Definition | None:
@@ -242,7 +260,7 @@ def _said(definition: Definition) -> dict[str, Expr]:
 
 # ---- blocks of a user's own
 
-OPTIONS = ("together", "levels", WHOLE)  # lists of options; `reads` lists quantities
+OPTIONS = ("together", "between", "levels", WHOLE)  # lists of options; `reads` lists quantities
 LISTS = {"solver": ("reads", *OPTIONS), "objective": ()}  # of any other block: WHOLE
 
 
