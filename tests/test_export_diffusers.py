@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from difftrain.compiler import lowering
-from difftrain.export import diffusers, saved
+from difftrain.export import diffusers, pipelines, saved
 from difftrain.export.beside import compare
 from difftrain.export.errors import ExportError, Parted
 from difftrain.export.opened import Opened
@@ -234,7 +234,7 @@ DAMAGES = (
 
 def test_where_a_pipeline_parts_is_told(home):
     run = opened(text())
-    folder, made = diffusers.export(run, home / "out", quiet), diffusers._pipeline(run)
+    folder, made = diffusers.export(run, home / "out", quiet), pipelines.pipeline(run)
     for i, (place, damage) in enumerate(DAMAGES):
         damage(other := shutil.copytree(folder, home / str(i)))
         with pytest.raises(Parted, match=f"the pipeline parts from the run {place}: the relative"):
@@ -327,7 +327,7 @@ def test_a_pixart_run_is_a_pixart_pipeline(home):
         deafened.zero_()
     pipe.save_pretrained(folder)
     with pytest.raises(Parted):
-        compare(run, folder, diffusers._pipeline(run))
+        compare(run, folder, pipelines.pipeline(run))
 
 
 # ---- what has no form there
@@ -356,7 +356,7 @@ REFUSED = {
     " `sd.clip`: train with `text = sd.clip`, or export to another target, such as `onnx`": {
         "backbone": f"sd.unet(text = t5.encoder(width = 16, heads = 2), {tiny.NETWORK})"
     },
-    "no pipeline for a UNet that reads no text": {
+    "no pipeline for a UNet of latents that reads no text": {
         "backbone": f"sd.unet(text = [], {tiny.NETWORK})"
     },
     "the pooled text of this network is a projection of its own, and Stable Diffusion 3's pipeline"

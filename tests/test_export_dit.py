@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from test_export_diffusers import opened, quiet, text
 
-from difftrain.export import diffusers
+from difftrain.export import diffusers, pipelines
 from difftrain.export.beside import compare
 from difftrain.export.errors import ExportError, Parted
 from difftrain.export.opened import Opened
@@ -85,7 +85,7 @@ def test_diffusers_draws_the_same_pictures(home, parts):
 def test_a_network_of_other_rates_is_not_the_same(home):
     """With our first layer of times as it is, the same names are another network."""
     run = learned(spec())
-    folder, made = diffusers.export(run, home / "out", quiet), diffusers._pipeline(run)
+    folder, made = diffusers.export(run, home / "out", quiet), pipelines.pipeline(run)
     state = load_file(folder / WEIGHTS)
     own = run.parts.modules["student"].t_embedder.mlp[0].weight.detach()
     state |= {n: own.clone() for n in state if n.endswith("timestep_embedder.linear_1.weight")}
@@ -114,6 +114,8 @@ def test_the_folder_says_how_it_is_called(home):
 
 
 REFUSED = {
+    "along the straight path alone": {"process": "gvp", "prediction": "flow"},
+    "a bare network on continuous times": {"process": "edm", "prediction": "sample"},
     "the DiT of diffusers has no `norm = rms`": {"more": ", norm = rms"},
     "has no `rotary = true`": {"more": ", rotary = true"},
     "has no `mlp = swiglu`": {"more": ", mlp = swiglu"},
@@ -133,6 +135,13 @@ def test_more_classes_than_the_pipeline_knows_are_refused(home):
     with pytest.raises(ExportError, match="which is one of the 1001 classes here"):
         many = spec().replace("count = 3", "count = 1001")
         diffusers.export(opened(many), home / "out", quiet)
+
+
+def test_noise_that_does_not_begin_at_one_is_refused(home):
+    grown = spec(process="edm", prediction="sample", solver="euler(steps = 4)")
+    factors = grown.replace("drop_condition(0.1)", "[edm_precondition, drop_condition(0.1)]")
+    with pytest.raises(ExportError, match="begins with noise of deviation 1"):
+        diffusers.export(opened(factors), home / "out", quiet)
 
 
 def test_rescaled_guidance_is_refused(home):

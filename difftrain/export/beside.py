@@ -19,6 +19,7 @@ from difftrain.training import evaluate
 
 TOLERANCE = 1e-3  # of relative errors: diffusers computes levels in fp32
 WORD = "a picture of something"
+LATENTS, PICTURES = "in the last latents", "in the pictures"
 
 
 def _prompts(texts: list[str]) -> dict[str, object]:
@@ -35,6 +36,7 @@ class Made:
     lowers: bool = False  # whether it writes prompts in lower case
     told: Callable[[list[str]], Mapping[str, object]] = _prompts  # how it is told texts
     known: str = ""  # what a reader of its README should know
+    scaled: tuple[float, ...] = ()  # what the network's inputs are multiplied by, where they are
 
 
 @torch.no_grad()
@@ -47,13 +49,10 @@ def compare(run: Opened, folder: Path, made: Made) -> float:
     pipe.set_progress_bar_config(disable=True)
     texts = [p.lower().strip() if made.lowers else p for p in prompts(run)]
     with exact():
-        asked, latents = _ours(run, texts)
         theirs = _theirs(pipe, made, texts, run)
-        pictures = run.parts.codec.decode(latents)
-    errors = [apart(a, b) for a, b in zip(theirs, (*asked, latents, pictures), strict=True)]
-    places = [f"before evaluation {n} of {len(asked)}" for n in range(1, len(asked) + 1)]
-    places += ["in the last latents", "in the pictures"]
-    for place, error in zip(places, errors, strict=True):
+        ours = _ours(run, texts, next(iter(theirs.values())), made.scaled)
+    errors = [apart(found, ours[place]) for place, found in theirs.items()]
+    for place, error in zip(theirs, errors, strict=True):
         if not error <= TOLERANCE:
             raise Parted(
                 f"the pipeline parts from the run {place}: the relative error is {error:.1e}, and"
@@ -62,33 +61,36 @@ def compare(run: Opened, folder: Path, made: Made) -> float:
     return max(errors)
 
 
-def _ours(run: Opened, texts: list[str]) -> tuple[list[Tensor], Tensor]:
-    """What the network is asked, and the latents at the end; noise comes from one generator."""
+def _ours(
+    run: Opened, texts: list[str], first: Tensor, scaled: tuple[float, ...]
+) -> dict[str, Tensor]:
+    """What the network is asked, the latents at the end and the pictures, where it is asked `first`
+    [B, ...] first; noise comes from one generator."""
     index, generator = torch.arange(len(texts), device=run.device), _generator(run)
+    torch.randn(first.shape, generator=generator)  # what the pipeline began with
     plain = evaluate.sampler(run.model, run.sampling, index, texts)
     model = Recorded(**{f.name: getattr(plain, f.name) for f in fields(plain)})
 
     def law(like: Tensor, streams) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    draws = solvers.Draws(0, index, law)
-    x = draws.noise(0, torch.zeros(len(texts), *run.shape, device=run.device))
-    return model.asked, run.walk(model, x, run.grid, draws)
+    x = first / scaled[0] if scaled else first
+    latents = run.walk(model, x, run.grid, solvers.Draws(0, index, law))
+    asked = [x * s for x, s in zip(model.asked, scaled, strict=True)] if scaled else model.asked
+    pictures = run.parts.codec.decode(latents)
+    return {**_numbered(asked), LATENTS: latents, PICTURES: pictures}
 
 
-def _theirs(pipe, made: Made, texts: list[str], run: Opened) -> list[Tensor]:
-    """What a pipeline asks its network, its last latents and its pictures; it begins with what the
-    generator draws first, as the run does here."""
-    vae = pipe.vae
-    first = vae.decoder if vae.post_quant_conv is None else vae.post_quant_conv
-    with (
-        _met(getattr(pipe, made.network)) as asked,
-        _met(first) as last,
-        _met(vae.decoder) as shown,
-    ):
-        pipe(**made.told(texts), **made.call, generator=_generator(run), output_type="pt")
-    latents = last[0][0] * vae.config.scaling_factor
-    return [*(both[: len(texts)] for both, _ in asked), latents, shown[0][1]]
+def _theirs(pipe, made: Made, texts: list[str], run: Opened) -> dict[str, Tensor]:
+    """The same of a pipeline, as far as it has it: without a codec latents are the pictures."""
+    with _met(getattr(pipe, made.network)) as asked, _decoded(getattr(pipe, "vae", None)) as ends:
+        told = {**made.told(texts), **made.call, "generator": _generator(run)}
+        shown = 2 * pipe(**told, output_type="pt").images - 1
+    return _numbered([both[: len(texts)] for both, _ in asked]) | (ends or {PICTURES: shown})
+
+
+def _numbered(asked: list[Tensor]) -> dict[str, Tensor]:
+    return {f"before evaluation {n} of {len(asked)}": x for n, x in enumerate(asked, 1)}
 
 
 def _generator(run: Opened) -> torch.Generator:
@@ -108,9 +110,23 @@ def _met(module: nn.Module) -> Iterator[list[tuple[Tensor, object]]]:
         hook.remove()
 
 
+@contextmanager
+def _decoded(vae: nn.Module | None) -> Iterator[dict[str, Tensor]]:
+    """The latents that a codec is given, and the pictures that it makes of them."""
+    ends: dict[str, Tensor] = {}
+    if vae is None:
+        yield ends
+        return
+    first = vae.decoder if vae.post_quant_conv is None else vae.post_quant_conv
+    with _met(first) as last, _met(vae.decoder) as shown:
+        yield ends
+    ends |= {LATENTS: last[0][0] * vae.config.scaling_factor, PICTURES: shown[0][1]}
+
+
 def prompts(run: Opened) -> list[str]:
     """A few prompts: those of the spec, or words that the encoder knows."""
-    own = list(run.sampling["prompts"]) or _words(run.parts.text) or [WORD]
+    text = run.parts.text
+    own = list(run.sampling["prompts"]) or ([] if text is None else _words(text)) or [WORD]
     return (own * SAMPLES)[:SAMPLES]
 
 

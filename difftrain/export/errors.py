@@ -7,3 +7,8 @@ class ExportError(Exception):
 
 class Parted(ExportError):
     """What was exported is not what was trained; `str()` says where they part."""
+
+
+def no_pipeline(what: str) -> str:
+    """The sentence for what no pipeline of diffusers samples."""
+    return f"diffusers has no pipeline for {what}: export to another target, such as `onnx`"

@@ -73,6 +73,11 @@ class Opened:
         return " and ".join(f"`{part.module}`" for part in parts) or "nothing"
 
     @property
+    def indexed(self) -> bool:
+        """Whether its times are indices of a table."""
+        return self.bundle.manifest["time"][0] == "index"
+
+    @property
     def guess(self) -> bool:
         """Whether the network is shown its estimate before."""
         return GUESS in self.objective.backbone.interface.inputs

@@ -8,6 +8,7 @@ from inspect import signature
 import torch
 from torch import Tensor
 
+from difftrain.export.continuous import growing, preconditioned, straight
 from difftrain.export.errors import ExportError
 from difftrain.export.opened import Opened
 from difftrain.language.part import Part
@@ -22,21 +23,17 @@ TRAINED = "original_inference_steps"  # how many of the times were trained
 PLAIN = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1}
 CLOSE = {"rtol": 1e-4, "atol": 2e-6}  # of alpha^2: diffusers keeps it in float32
 POWERS = {"linear": 1, "scaled_linear": 2}  # betas are even in their root of this order
-STRAIGHT = ("euler", "ddim")  # which are the same steps there
-NEAR = {"rtol": 0, "atol": 1e-8}  # of times and levels that are the same
 HALVINGS = 60
 NOTHING = 1e-12
-
-
-def of_steps(run: Opened) -> bool:
-    """Whether the process of a run is a table of steps."""
-    return run.bundle.manifest["time"][0] == "index"
 
 
 def scheduler(run: Opened, scale: int = 1):
     """The scheduler with the levels of the process, that walks as the solver does. What it tells of
     continuous times is `scale` times as large. Raises ExportError."""
-    return _of_steps(run) if of_steps(run) else _straight(run, scale)
+    if run.indexed:
+        return _of_steps(run)
+    data = preconditioned(run)
+    return straight(run, scale) if data is None else growing(run, data)
 
 
 # ---- tables of steps
@@ -98,55 +95,6 @@ def _times(scheduler, steps: int) -> list[int]:
     stride = scheduler.config.num_train_timesteps // steps
     moved = [max(-1, t - stride) for t in times]
     return [times[0], *moved] if times[1:] == moved[:-1] else []
-
-
-# ---- the straight path
-
-
-def _straight(run: Opened, scale: int):
-    """Euler steps along x0 + t (eps - x0), at times that are even before they are shifted."""
-    from diffusers import FlowMapEulerDiscreteScheduler
-
-    grid, solver = run.grid, run.sampling["solver"]
-    steps = len(grid) - 1
-    _is_straight(run)
-    if solver.module not in STRAIGHT or solver.options.get("eta"):
-        raise ExportError(
-            f"`{solver.module}`: the schedulers of diffusers that make more than Euler steps on"
-            " continuous times begin beside the end of the process, and tell networks other times"
-            " than they stand at: use `euler`"
-        )
-    made = FlowMapEulerDiscreteScheduler(num_train_timesteps=scale, shift=_shift(grid))
-    made.set_timesteps(steps)
-    if not torch.allclose(made.sigmas, grid, **NEAR):
-        raise ExportError(
-            f"no scheduler of diffusers goes through the times of `{solver.module}` here: use"
-            " `grid = even`, and leave `times` out"
-        )
-    return made
-
-
-def _is_straight(run: Opened) -> None:
-    """Refuses what no scheduler of continuous times samples."""
-    grid, name = run.grid, run.objective.slots["prediction_type"][0].definition.name
-    levels = torch.stack([run.levels.alpha(grid), run.levels.sigma(grid)])
-    if not torch.allclose(levels, torch.stack([1 - grid, grid]), **NEAR):
-        raise ExportError(
-            "diffusers samples continuous times on the straight path alone, alpha = 1 - t and"
-            " sigma = t: train on `linear`, or on a process that is a table of steps"
-        )
-    if name != "flow":
-        raise ExportError(
-            f"diffusers has no prediction type `{name}` on continuous times: it samples networks"
-            " that return `flow`"
-        )
-
-
-def _shift(grid: Tensor) -> float:
-    """k of times k u / (1 + (k - 1) u) [N + 1] for even u from 1 to 0."""
-    u = 1 - 1 / (len(grid) - 1)
-    second = grid[1].item()
-    return float(f"{second * (1 - u) / (u * (1 - second)):.9g}") if 0 < second < 1 else 1.0
 
 
 # ---- what is declared
