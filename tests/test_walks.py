@@ -249,6 +249,12 @@ NO_NAMES = [
     ("{ together = [zzz, a] }", ["DIF118"]),
     ("{ together = [] }", []),
     ("{ levels = [b, a] }", []),
+    ("{ levels = [a] }", ["DIF118"]),
+    ("{ levels = [a, low, high] }", ["DIF118"]),
+    ("{ levels = [] }", []),
+    ("{ whole = [a] }", []),
+    ("{ whole = [aa] }", ["DIF118"]),
+    ("{ between = [aa] }", ["DIF118"]),
     ("{ module = 3 }", ["DIF118"]),
 ]
 
@@ -278,7 +284,7 @@ POINTED = [
 @pytest.mark.parametrize(("solver", "place"), POINTED)
 def test_an_option_is_shown_where_it_is_set(solver, place):
     top = "solver mine(steps = 9, high = 40) from euler { }\n"
-    top = top.replace(", high = 40", "") if place == "0" else top
+    top = top.replace("= 9, high = 40", "in 0..9 = 9") if place == "0" else top
     (finding,) = told("linear", "flow", solver, top)
     assert (finding.code, finding.at.span.text) == ("DIF316", place)
 
