@@ -114,6 +114,11 @@ def test_the_folder_says_how_it_is_called(home):
 
 
 REFUSED = {
+    "goes through the times of `euler` here: use `grid = even`": {
+        "process": "linear",
+        "prediction": "flow",
+        "solver": "euler(steps = 4, grid = power)",
+    },
     "along the straight path alone": {"process": "gvp", "prediction": "flow"},
     "a bare network on continuous times": {"process": "edm", "prediction": "sample"},
     "the DiT of diffusers has no `norm = rms`": {"more": ", norm = rms"},

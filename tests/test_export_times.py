@@ -1,6 +1,7 @@
 """Runs on continuous times as pipelines of diffusers."""
 
 import json
+import re
 
 import pipeline
 import pytest
@@ -100,12 +101,28 @@ def test_where_a_pipeline_parts_is_told(home):
 def test_a_pixart_run_is_a_pixart_pipeline(home):
     words(home / "px")
     whole = pixart(process="linear", prediction="flow", solver="euler(steps = 4)")
-    run = opened(whole.replace(T5, f"{T5}, time_scale = 1000"))
+    whole = whole.replace(T5, f"{T5}, time_scale = 1000")
+    run = opened(whole)
     with torch.no_grad():  # a new one says nothing
         torch.nn.init.normal_(run.parts.modules["student"].module.proj_out.weight, std=0.1)
     said = []
     diffusers.export(run, home / "out", said.append)
     assert float(said[0].split()[-1]) < 1e-5
+    with pytest.raises(ExportError, match="PixArt's pipeline cannot be given"):
+        diffusers.export(opened(whole.replace("euler", "multistep")), home / "other", quiet)
+
+
+LISTED = {"euler(steps = 4, grid = power)": 4, "multistep(times = [0.7, 0.2])": 3}
+
+
+@pytest.mark.parametrize("solver", LISTED)
+def test_times_that_are_not_even_are_told(home, solver):
+    said = []
+    run = opened(straight(solver=solver))
+    folder = diffusers.export(run, home / "out", said.append)
+    assert float(said[0].split()[-1]) < 1e-5
+    (times,) = re.findall(r"sigmas=\[(.*)\]", (folder / "README.md").read_text())
+    assert len(times.split(", ")) == LISTED[solver]
 
 
 def test_noise_of_a_preconditioned_run_is_held_against_the_same(home):
@@ -121,11 +138,8 @@ REFUSED = {
     "along the straight path alone, alpha = 1 - t and sigma = t: train on `linear`": straight(
         process="gvp"
     ),
-    "`heun`: the schedulers of diffusers that make more than Euler steps on continuous times": (
+    "makes the moves of `heun` at the times of this process: use `euler`": (
         straight(solver="heun(steps = 4)")
-    ),
-    "goes through the times of `euler` here: use `grid = even`": (
-        straight(solver="euler(steps = 4, grid = power)")
     ),
     "no prediction type `sample` on continuous times": straight(prediction="sample"),
     "`time_scale = 1.5`, and schedulers of diffusers tell times whole numbers as large": (

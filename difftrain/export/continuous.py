@@ -10,10 +10,10 @@ from difftrain.export.opened import Opened
 from difftrain.language.forms import clock
 from difftrain.language.numbers import values
 from difftrain.language.part import Part
+from difftrain.sampling.grids import shifted
 
-STRAIGHT = ("euler", "ddim")  # which are the same steps there
-NEAR = {"rtol": 0, "atol": 1e-8}  # of times and levels that are the same
-NEAR_NOISE = {"rtol": 1e-5, "atol": 0}  # of noise: diffusers keeps it in float32
+SAME = {"rtol": 0, "atol": 1e-8}  # levels
+NEAR = {"rtol": 1e-5, "atol": 0}  # times: some schedulers keep them in float32
 FACTORS = ("c_in", "c_out", "c_skip", "c_noise")
 RHO = 7  # arXiv:2206.00364 eq. 5
 
@@ -22,23 +22,31 @@ RHO = 7  # arXiv:2206.00364 eq. 5
 
 
 def straight(run: Opened, scale: int):
-    """Euler steps along x0 + t (eps - x0), at times that are even before they are shifted."""
-    from diffusers import FlowMapEulerDiscreteScheduler
+    """Steps along x0 + t (eps - x0): Euler's, or to x0 and back to noise."""
+    import diffusers
 
-    grid, solver = run.grid, run.sampling["solver"]
-    steps = len(grid) - 1
     _is_straight(run)
-    if solver.module not in STRAIGHT or solver.options.get("eta"):
-        raise ExportError(
-            f"`{solver.module}`: the schedulers of diffusers that make more than Euler steps on"
-            " continuous times begin beside the end of the process, and tell networks other times"
-            " than they stand at: use `euler`"
-        )
-    made = FlowMapEulerDiscreteScheduler(num_train_timesteps=scale, shift=_shift(grid))
-    made.set_timesteps(steps)
-    if not torch.allclose(made.sigmas, grid, **NEAR):
-        raise ExportError(_other_times(solver, "`grid = even`"))
-    return made
+    solver, told = run.sampling["solver"], {"num_train_timesteps": scale}
+    match solver.module, solver.options.get("eta"):
+        case ("euler", _) | ("ddim", 0 | None):  # the same steps, on this path
+            return diffusers.FlowMapEulerDiscreteScheduler(**told, shift=_shift(run.grid))
+        case "multistep", _:
+            return diffusers.FlowMatchEulerDiscreteScheduler(**told, stochastic_sampling=True)
+    raise ExportError(
+        f"no scheduler of diffusers makes the moves of `{solver.module}` at the times of this"
+        " process: use `euler`"
+    )
+
+
+def stepped(run: Opened, scheduler) -> dict[str, object]:
+    """How a pipeline is told the times of the solver: their number, or what they are."""
+    steps = {"num_inference_steps": len(run.grid) - 1}
+    if run.indexed:  # whose times were chosen with the scheduler
+        return steps
+    scheduler.set_timesteps(**steps)
+    if torch.allclose(scheduler.sigmas.double(), run.grid, **NEAR):
+        return steps
+    return {"sigmas": run.grid[:-1].tolist()}
 
 
 def _is_straight(run: Opened) -> None:
@@ -58,10 +66,11 @@ def _is_straight(run: Opened) -> None:
 
 
 def _shift(grid: Tensor) -> float:
-    """k of times k u / (1 + (k - 1) u) [N + 1] for even u from 1 to 0."""
+    """k of times k u / (1 + (k - 1) u) [N + 1] for even u from 1 to 0; 1 for other times."""
     u = 1 - 1 / (len(grid) - 1)
     second = grid[1].item()
-    return float(f"{second * (1 - u) / (u * (1 - second)):.9g}") if 0 < second < 1 else 1.0
+    k = float(f"{second * (1 - u) / (u * (1 - second)):.9g}") if 0 < second < 1 else 1.0
+    return k if torch.allclose(shifted(len(grid) - 1, k), grid, **NEAR) else 1.0
 
 
 # ---- noise that is added to data
@@ -100,8 +109,8 @@ def growing(run: Opened, data: float):
     told = {**ends, "sigma_data": data, "rho": float(solver.options.get("rho", RHO))}
     made = getattr(diffusers, kind)(**told, **more)
     made.set_timesteps(len(grid) - 1)
-    if not torch.allclose(made.sigmas.double(), grid, **NEAR_NOISE):
-        raise ExportError(_other_times(solver, "`grid = power`"))
+    if not torch.allclose(made.sigmas.double(), grid, **NEAR):
+        raise ExportError(other_times(solver, "`grid = power`"))
     return made
 
 
@@ -122,7 +131,8 @@ def _adding(solver: Part) -> tuple[str, dict[str, object]]:
 # ---- both
 
 
-def _other_times(solver: Part, instead: str) -> str:
+def other_times(solver: Part, instead: str) -> str:
+    """The sentence for times that no scheduler goes through."""
     return (
         f"no scheduler of diffusers goes through the times of `{solver.module}` here: use"
         f" {instead}, and leave `times` out"
@@ -132,4 +142,4 @@ def _other_times(solver: Part, instead: str) -> str:
 def _levels_are(run: Opened, alpha: Tensor, sigma: Tensor) -> bool:
     """Whether the process has these levels at the times of the solver."""
     found = torch.stack([run.levels.alpha(run.grid), run.levels.sigma(run.grid)]).double()
-    return torch.allclose(found, torch.stack([alpha, sigma]), **NEAR)
+    return torch.allclose(found, torch.stack([alpha, sigma]), **SAME)

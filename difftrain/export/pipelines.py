@@ -9,7 +9,7 @@ from torch import nn
 
 from difftrain.export import dit, saved
 from difftrain.export.beside import Made
-from difftrain.export.continuous import preconditioned
+from difftrain.export.continuous import other_times, preconditioned, stepped
 from difftrain.export.errors import ExportError, no_pipeline
 from difftrain.export.opened import Opened
 from difftrain.export.schedulers import scheduler
@@ -43,7 +43,7 @@ def _stable_diffusion(run: Opened, network: nn.Module) -> Made:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return Made(pipe, _called(run), "unet", scaled=_scaled(run))
+    return Made(pipe, _called(run, pipe), "unet", scaled=_scaled(run))
 
 
 def _pixart(run: Opened, network: nn.Module) -> Made:
@@ -56,6 +56,11 @@ def _pixart(run: Opened, network: nn.Module) -> Made:
             " `t5.encoder` with `weights`, and leave `padding = hidden`"
         )
     _rescales_nothing(run, "PixArt")
+    if not run.indexed and run.sampling["solver"].module == "multistep":
+        raise ExportError(
+            "PixArt's pipeline cannot be given the scheduler that makes the moves of `multistep` on"
+            " continuous times: use `euler`"
+        )
     if network.use_additional_conditions:
         raise ExportError(no_pipeline("a PixArt network that is told the sides of the picture"))
     pipe = PixArtSigmaPipeline(
@@ -65,7 +70,7 @@ def _pixart(run: Opened, network: nn.Module) -> Made:
         tokenizer=text.tokens.backend,
     )
     more = {"max_sequence_length": text.length, "clean_caption": False}
-    call = {**_called(run), **more, "use_resolution_binning": False}
+    call = {**_called(run, pipe), **more, "use_resolution_binning": False}
     return Made(pipe, call, "transformer", lowers=True, scaled=_scaled(run))
 
 
@@ -78,7 +83,7 @@ def _dit(run: Opened, network: nn.Module) -> Made:
     steps = scheduler(run, scale)
     transformer, off = dit.transformer(network, run.shape[1], _times(run, scale))
     pipe = DiTPipeline(transformer, vae=_autoencoder(run), scheduler=steps)
-    labels, call = run.parts.text, _called(run)
+    labels, call = run.parts.text, _called(run, pipe)
     pipe.register_to_config(id2label={str(i): name for name, i in labels.place.items()} or None)
 
     def told(texts: list[str]) -> dict[str, object]:
@@ -117,7 +122,8 @@ def _blind(run: Opened, network: nn.Module) -> Made:
     steps = _framed_scheduler(run)
     kind = DDIMPipeline if isinstance(steps, DDIMScheduler) else DDPMPipeline
     pipe = kind(unet=saved.copied(network, sample_size=run.shape[1]), scheduler=steps)
-    call = {n: v for n, v in _called(run).items() if n in signature(pipe.__call__).parameters}
+    known = signature(pipe.__call__).parameters
+    call = {name: value for name, value in _called(run, pipe).items() if name in known}
     return Made(pipe, call, "unet", told=lambda texts: {"batch_size": len(texts)})
 
 
@@ -215,12 +221,17 @@ def _text(run: Opened, kind: str, instead: str) -> TextEncoder:
     return text
 
 
-def _called(run: Opened) -> dict[str, object]:
+def _called(run: Opened, pipe) -> dict[str, object]:
     """What a pipeline is called with."""
-    eta = run.sampling["solver"].options.get("eta", 0)
-    call = {"num_inference_steps": len(run.grid) - 1, "guidance_scale": _guidance(run)}
-    more = {"eta": float(eta), "guidance_rescale": float(run.sampling["guidance_rescale"])}
-    return {**call, **{name: value for name, value in more.items() if value}}
+    call, solver = stepped(run, pipe.scheduler), run.sampling["solver"]
+    if not call.keys() <= signature(pipe.__call__).parameters.keys():
+        raise ExportError(other_times(solver, "`grid = even`"))
+    more = {
+        "eta": solver.options.get("eta", 0),
+        "guidance_rescale": run.sampling["guidance_rescale"],
+    }
+    more = {name: float(value) for name, value in more.items() if value}
+    return {**call, "guidance_scale": _guidance(run), **more}
 
 
 def _guidance(run: Opened) -> float:
