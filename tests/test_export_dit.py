@@ -109,7 +109,7 @@ def test_the_folder_says_how_it_is_called(home):
     folder = diffusers.export(run, home / "out", quiet)
     said = (folder / "README.md").read_text()
     assert "class_labels=[2],\n    num_inference_steps=4" in said
-    assert "the times of 4 steps alone" in said
+    assert "at those of 4 steps alone" in said
     assert DiffusionPipeline.from_pretrained(folder).get_label_ids(["cat", "owl"]) == [0, 2]
 
 

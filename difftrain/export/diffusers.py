@@ -38,6 +38,8 @@ def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> P
         saved.label(beside, _facts(run))
         error = compare(run, beside, made)
         say(f"latents and pictures are those of the run: relative error {error:.1e}")
+        if made.known:
+            say(made.known)
         (beside / "README.md").write_text(_card(run, made, folder, error), encoding="utf-8")
         os.replace(beside, folder)
     finally:
@@ -83,6 +85,7 @@ def _card(run: Opened, made: Made, folder: Path, error: float) -> str:
     given = {**made.told(prompts(run)[:1]), **made.call}
     begun = float(getattr(made.pipe.scheduler, "init_noise_sigma", 1))
     call = ",".join(f"\n    {name}={value!r}" for name, value in given.items())
+    known = f"\nNote: {made.known}.\n" if made.known else ""
     return f"""# {manifest["name"]}
 
 A pipeline of diffusers, exported by difftrain {difftrain.__version__} from step {run.model.step} of
@@ -98,4 +101,4 @@ picture = pipe({call},
 
 On the same first latents it makes those of `difftrain sample`: the relative error was {error:.1e}.
 It begins with noise of standard deviation {begun:.7g}; the run begins with sigma of its first time.
-{made.known}"""
+{known}"""
