@@ -141,8 +141,8 @@ def _times(run: Opened, scale: int) -> dit.Times:
 
 def _steps_alone(steps: int) -> str:
     return (
-        f"its network is told times at other rates than the one that was trained, and is the same at"
-        f" those of {steps} steps alone: export again to sample with another number"
+        "its network is told times at other rates than the one that was trained, and is the same"
+        f" at those of {steps} steps alone: export again to sample with another number"
     )
 
 
