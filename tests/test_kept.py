@@ -10,6 +10,8 @@ import torch
 
 from difftrain.compiler import kept
 from difftrain.compiler.executable import Damaged, Shelf, pack, place
+from difftrain.compiler.layout import gather, layout
+from difftrain.compiler.whole import Step
 from difftrain.training.ahead import NoTarget, target
 from difftrain.training.bundle import compile_text
 from difftrain.training.keeping import Keeping
@@ -61,25 +63,35 @@ def test_what_was_changed_is_not_used(shelf):
 # ---- from torch, and back
 
 
-def add(state, batch, modules, plan, tables):
-    state["sum"].add_(modules["student"](batch["x0"]).sum())
-    return {"sum": state["sum"] * 2}
+def gradient(read, state, batch, modules, plan, tables):
+    loss = plan.bind(modules, read["weights"])["student"](batch["x0"]).sum()
+    found = {"student": {n: loss * view for n, view in read["weights"]["student"].items()}}
+    return plan.flat(found, cut=False), {"sum": state["sum"] * 2}
+
+
+def update(state, parts):
+    state["sum"].add_(parts[0].sum())
+    return {"norm": parts[0].norm()}
 
 
 def _args() -> tuple:
     torch.manual_seed(0)
-    state, batch = {"sum": torch.zeros(())}, {"x0": torch.ones(2, 3)}
-    return state, batch, {"student": torch.nn.Linear(3, 3)}, (), {}
+    modules = {"student": torch.nn.Linear(3, 3)}
+    plan = layout(modules)
+    state = {"sum": torch.zeros(()), "weights": gather(modules, plan, "cpu")}
+    return state, {"x0": torch.ones(2, 3)}, modules, plan, {}
 
 
 def test_a_step_comes_back_as_it_was(shelf, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    wanted = add(*_args())["sum"]
-    made = Keeping(shelf, store=True).compiled(add, _args(), FACTS, False)
+    step, wanted = Step(gradient, update), _args()
+    logged = step(*wanted)
+    made = Keeping(shelf, store=True).compiled(step, _args(), FACTS, False)
     args = _args()
-    again = Keeping(shelf).compiled(add, args, FACTS, False)
-    assert made(*_args())["sum"].allclose(wanted)
-    assert again(*args)["sum"].allclose(wanted) and args[0]["sum"].allclose(wanted / 2)
+    again = Keeping(shelf).compiled(step, args, FACTS, False)
+    assert made(*_args())["norm"].allclose(logged["norm"])
+    assert again(*args)["norm"].allclose(logged["norm"]) and logged["norm"] > 0
+    assert args[0]["sum"].allclose(wanted[0]["sum"])
     assert [page["device"] for page in shelf.pages()] == ["a GPU"]
 
 

@@ -159,7 +159,8 @@ def exact(name: str) -> Found:
 
 def interpreted(graph, run: Run, modules, weights: torch.Tensor, step: int) -> torch.Tensor:
     """The mean loss of a step's batch."""
-    batch, nets = run.batch(step), run.parts.plan.bind(modules, weights)
+    batch, plan = run.batch(step), run.parts.plan
+    nets = plan.bind(modules, plan.views(weights))
     inputs = {"x0": batch["x0"].double(), "step": torch.tensor(step)}
     inputs |= {"cond": nets["text"](batch["input_ids"]), "null": nets["text"](batch["null_ids"])}
     draws = Draws(SEED, step, batch["index"], torch.float64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import platform
+import zipfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,9 @@ import torch
 from torch import nn
 
 from difftrain.compiler.lowering import options
+from difftrain.compiler.whole import Step
 
+FUNCTIONS = ("gradient", "update")
 Facts = dict[str, object]  # what a compiled step is only good for
 
 
@@ -44,18 +47,34 @@ def _triton() -> str:
         return "none"
 
 
-def compiled(step: Callable, args: tuple, forward: bool = False) -> Callable:
+def compiled(step: Step, args: tuple, forward: bool = False) -> Step:
     """The step compiled for arguments like these, and for no others: it looks at none again."""
+    state, plan = args[0], args[3]
+    parts = tuple(map(torch.empty_like, plan.buffers(state)))
+    told = {**options(forward), "guard_filter_fn": lambda guards: [False] * len(guards)}
+    made = []
     with torch._dynamo.config.patch(enable_aot_compile=True):
-        told = {**options(forward), "guard_filter_fn": lambda guards: [False] * len(guards)}
-        wrapped = torch.compile(step, fullgraph=True, dynamic=False, options=told)
-        return wrapped.aot_compile((args, {}))
+        for function, given in (
+            (step.gradient, (plan.read(state), *args)),
+            (step.update, (state, parts)),
+        ):
+            wrapped = torch.compile(function, fullgraph=True, dynamic=False, options=told)
+            made.append(wrapped.aot_compile((given, {})))
+    return Step(*made)
 
 
-def take(function: Callable, outside: Mapping[str, object]) -> bytes:
+def take(step: Step, outside: Mapping[str, object]) -> bytes:
     """The bytes of a `compiled` step; the objects `outside` are not in them. Raises NotKept."""
+    with io.BytesIO() as data:
+        with zipfile.ZipFile(data, "w") as archive:
+            for name in FUNCTIONS:
+                archive.writestr(name, _taken(getattr(step, name), outside))
+        return data.getvalue()
+
+
+def _taken(function: Callable, outside: Mapping[str, object]) -> bytes:
     with TemporaryDirectory() as folder:
-        path = Path(folder, "step")
+        path = Path(folder, "function")
         try:
             function.save_compiled_function(str(path), external_data=dict(outside))
         except RuntimeError as cause:
@@ -64,11 +83,19 @@ def take(function: Callable, outside: Mapping[str, object]) -> bytes:
         return path.read_bytes()
 
 
-def give(data: bytes, step: Callable, outside: Mapping[str, object]) -> Callable:
+def give(data: bytes, step: Step, outside: Mapping[str, object]) -> Step:
     """The step that was taken, with the like of what was outside it then."""
-    return torch.compiler.load_compiled_function(
-        io.BytesIO(data), f_globals=step.__globals__, external_data=dict(outside)
-    )
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return Step(
+            *(
+                torch.compiler.load_compiled_function(
+                    io.BytesIO(archive.read(name)),
+                    f_globals=getattr(step, name).__globals__,
+                    external_data=dict(outside),
+                )
+                for name in FUNCTIONS
+            )
+        )
 
 
 def outside(modules: Mapping[str, nn.Module], plan: object) -> dict[str, object]:

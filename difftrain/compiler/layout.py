@@ -5,6 +5,9 @@ the compiled step small. Names of modules and parameters survive in checkpoints.
 
 Weights of matrix products come first: forward passes below fp32 read these from a copy in their own
 precision, which the update writes. Weights of convolutions lie with the channel last, as GPUs want.
+
+A step is given the views, not the buffer: what is compiled of a block then says nothing of where
+its weights lie, so that equal blocks have equal kernels.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+EVEN = 8  # numbers of half precision that GPUs read at once: 16 bytes, at a multiple of as many
+
+Views = dict[str, dict[str, Tensor]]  # the parameters of each module, by name
 
 
 class Slot(NamedTuple):
@@ -44,6 +50,10 @@ class Slot(NamedTuple):
         out, channels, *sides = self.shape
         return piece.view(out, *sides, channels).movedim(-1, 1)
 
+    def flat(self, value: Tensor) -> Tensor:
+        """The piece [size] of a parameter, as `view` reads it."""
+        return (value.movedim(1, -1) if self.last else value).reshape(-1)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -58,13 +68,31 @@ class Layout:
     def size(self) -> int:
         return sum(s.size for s in self.slots)
 
-    def views(self, *buffers: Tensor) -> dict[str, dict[str, Tensor]]:
+    def views(self, *buffers: Tensor) -> Views:
         """The parameters of each module as views of the buffer [P], or of its two parts: that of
         matrix products and the rest."""
-        parts: dict[str, dict[str, Tensor]] = {}
+        parts: Views = {}
         for slot, view in self._each(buffers):
             parts.setdefault(slot.module, {})[slot.name] = view
         return parts
+
+    def read(self, state: Mapping[str, Tensor]) -> dict[str, Views]:
+        """What a step reads of a state: the `weights`, those of matrix products in the precision of
+        forward passes, and every further average."""
+        further = {name: self.views(state[name]) for name in state if name.startswith("average.")}
+        return {"weights": self.views(*self.buffers(state)), **further}
+
+    def buffers(self, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The buffer that forward passes read of a state, or its two parts."""
+        if "half" not in state:
+            return (state["weights"],)
+        return state["half"][: self.products], state["weights"][self.products :]
+
+    def flat(self, views: Views, *, cut: bool) -> tuple[Tensor, ...]:
+        """The buffer [P] of views, or `cut` into its two parts."""
+        flats = [slot.flat(views[slot.module][slot.name]) for slot in self.slots]
+        parts = (flats[: self._first], flats[self._first :]) if cut else (flats,)
+        return tuple(torch.cat(part) if part else flats[0][:0] for part in parts)
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """The buffer by `module.parameter`, for checkpoints."""
@@ -72,11 +100,16 @@ class Layout:
 
     def _each(self, buffers: Sequence[Tensor]) -> Iterator[tuple[Slot, Tensor]]:
         sizes = [s.size for s in self.slots]
-        count = sum(s.start < self.products for s in self.slots) if buffers[1:] else len(sizes)
+        count = self._first if buffers[1:] else len(sizes)
         split = zip(buffers, (sizes[:count], sizes[count:]), strict=False)
         pieces = chain.from_iterable(buffer.split(part) for buffer, part in split)
         for slot, piece in zip(self.slots, pieces, strict=True):
             yield slot, slot.view(piece)
+
+    @property
+    def _first(self) -> int:
+        """How many parameters are weights of matrix products, which come first."""
+        return sum(s.start < self.products for s in self.slots)
 
     def load(self, flat: Tensor, named: Mapping[str, Tensor]) -> None:
         """Fills the buffer from a checkpoint. Raises KeyError for a missing name, ValueError for
@@ -90,13 +123,12 @@ class Layout:
                 )
             view.copy_(value)
 
-    def copy(self, modules: Mapping[str, nn.Module], flat: Tensor) -> Callable:
-        """The student as a function of its inputs, with the parameters of another buffer."""
-        return bound(modules["student"], self.views(flat)["student"], "student" in self.tied)
+    def copy(self, modules: Mapping[str, nn.Module], views: Views) -> Callable:
+        """The student as a function of its inputs, with other parameters."""
+        return self.bind(modules, {"student": views["student"]})["student"]
 
-    def bind(self, modules: Mapping[str, nn.Module], *buffers: Tensor) -> dict[str, Callable]:
-        """The modules as functions whose trained parameters are `views` of the buffers."""
-        views = self.views(*buffers)
+    def bind(self, modules: Mapping[str, nn.Module], views: Views) -> dict[str, Callable]:
+        """The modules as functions whose trained parameters are these."""
         return {n: bound(m, views.get(n, {}), n in self.tied) for n, m in modules.items()}
 
 
@@ -113,10 +145,9 @@ def bound(module: nn.Module, parameters: Mapping[str, Tensor], tied: bool) -> Ca
 
 
 def layout(modules: Mapping[str, nn.Module]) -> Layout:
-    """The layout of every parameter of the modules that wants a gradient."""
-    found = sorted(
-        _trained(modules), key=lambda one: not one[0]
-    )  # products first, else as they are
+    """The layout of every parameter of the modules that wants a gradient: products first, and of
+    both kinds those first behind which the next one is even, too; else as they are."""
+    found = sorted(_trained(modules), key=lambda one: (not one[0], one[-1].numel() % EVEN != 0))
     starts = [0, *accumulate(parameter.numel() for *_, parameter in found)]
     slots = (
         Slot(module, name, p.shape, start, p.numel(), last=product and p.dim() == 4)
@@ -133,12 +164,14 @@ def _ties(module: nn.Module) -> bool:
 
 
 def _trained(modules: Mapping[str, nn.Module]) -> Iterator[tuple[bool, str, str, nn.Parameter]]:
-    """Each parameter that wants a gradient, by module and name, and whether it is a product's."""
+    """Each parameter that wants a gradient, by module and name, and whether it is a product's; the
+    few that are not even are none, so that all others are."""
     for module, parts in modules.items():
         for name, parameter in parts.named_parameters():
             owner = parts.get_submodule(name.rpartition(".")[0])
             if parameter.requires_grad:
-                yield isinstance(owner, PRODUCTS), module, name, parameter
+                product = isinstance(owner, PRODUCTS) and parameter.numel() % EVEN == 0
+                yield product, module, name, parameter
 
 
 def gather(modules: Mapping[str, nn.Module], plan: Layout, device) -> Tensor:

@@ -8,9 +8,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from difftrain.compiler.whole import Step
 
 # What compiling a small UNet's whole step costs and gains on a CPU: docs/performance.md.
 CPU_SECONDS = 180.0
@@ -86,10 +89,11 @@ def options(forward: bool) -> dict[str, object]:
     return {"triton.mix_order_reduction": not forward}
 
 
-def compiled(step: Callable, forward: bool = False) -> Callable:
+def compiled(step: Step, forward: bool = False) -> Step:
     """The step through `torch.compile(fullgraph=True)`; compiling it a second time is an error."""
     torch._dynamo.config.error_on_recompile = False
-    return torch.compile(step, fullgraph=True, dynamic=False, options=options(forward))
+    told = {"fullgraph": True, "dynamic": False, "options": options(forward)}
+    return step.each(partial(torch.compile, **told))
 
 
 def no_more_compiling() -> None:

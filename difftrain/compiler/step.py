@@ -1,5 +1,6 @@
 """The training step: what the objective computes, with backward, clipping, AdamW and averaging,
-emitted as one readable module that runs as it stands and under `torch.compile(fullgraph=True)`.
+emitted as one readable module of two functions, the gradient of a batch and the update, that run as
+they stand and under `torch.compile(fullgraph=True)`.
 
 Everything that changes from step to step is a tensor, so nothing is compiled twice.
 """
@@ -73,10 +74,13 @@ def emit_step(objective: Objective, recipe: Recipe, inputs: Inputs) -> StepProgr
     further = {
         "difftrain.compiler.draws": ["Draws"],
         "difftrain.compiler.update": sorted(used),
+        "difftrain.compiler.whole": ["Step"],
     }
     decays = {"averaging": recipe.averages[0], **copies.functions}
     functions = [_decay(name, term) for name, term in decays.items()]
-    functions.append(_step(graph, recipe, inputs, copies))
+    functions.append(_gradient(graph, recipe, inputs, copies))
+    functions.append(_update(recipe, copies))
+    functions.append("step = Step(gradient, update)\n")
     source = emit(graph, title, further, functions)
     return StepProgram(source, derived, graph)
 
@@ -155,46 +159,29 @@ def _decay(name: str, decay: Term) -> str:
     )
 
 
-def _step(graph: Graph, recipe: Recipe, inputs: Inputs, copies: Copies) -> str:
-    """The text of `step`: the loss as a function of the weights, then what its gradient does."""
-    scaled, low = recipe.precision == "fp16", recipe.precision != "fp32"
-    scale = ' * state["scale"]' * scaled
-    read = "products, rest" if low else "weights"
+def _gradient(graph: Graph, recipe: Recipe, inputs: Inputs, copies: Copies) -> str:
+    """The text of `gradient`: that of the loss as a function of the weights."""
+    scale = ' * state["scale"]' * (recipe.precision == "fp16")
+    low = recipe.precision != "fp32"
     lines = [
-        "def step(state, batch, modules, plan, tables):",
-        '    """One training step, in place. What is returned is logged."""',
+        "def gradient(read, state, batch, modules, plan, tables):",
+        '    """The gradient of a batch, as one buffer or two, and what is logged of the batch."""',
         '    draw = Draws(state["seed"], state["turn"], batch["index"])',
         "",
-        f"    def objective({read}):",
-        f"        nets = plan.bind(modules, {read})",
-        *[f'        nets["{n}"] = plan.copy(modules, state["average.{n}"])' for n in copies.reads],
+        "    def objective(weights):",
+        "        nets = plan.bind(modules, weights)",
+        *[f'        nets["{n}"] = plan.copy(modules, read["average.{n}"])' for n in copies.reads],
         *_indented(_forward(recipe, inputs), 8),
         '        loss = values["loss"].float().mean()',
         f"        return loss{scale}, (loss, values)",
         "",
-        *_indented(_gradient(low), 4),
-        *_indented(_update(recipe, scaled, copies), 4),
-        "",
-        '    log = {"loss": loss, "gradient": norm, "rate": rate}',
-        *['    log["scale"] = state["scale"].clone()'] * scaled,
+        "    differentiated = torch.func.grad(objective, has_aux=True)",
+        '    found, (loss, values) = differentiated(read["weights"])',
+        '    log = {"loss": loss}',
     ]
     for name in (n for n in graph.outputs if n != "loss"):
         lines.append(f'    log["{name}"] = values["{name}"].float().mean()')
-    return "\n".join([*lines, "    return log", ""])
-
-
-def _gradient(low: bool) -> list[str]:
-    """The gradient [P] in fp32; below fp32 the weights of matrix products are read from their copy,
-    and have their gradient in its precision."""
-    if not low:
-        call = 'torch.func.grad(objective, has_aux=True)(state["weights"])'
-        return [f"gradient, (loss, values) = {call}"]
-    return [
-        "differentiated = torch.func.grad(objective, argnums=(0, 1), has_aux=True)",
-        'products = state["half"][: plan.products]',
-        'gradients, (loss, values) = differentiated(products, state["weights"][plan.products :])',
-        "gradient = torch.cat([part.float() for part in gradients])",
-    ]
+    return "\n".join([*lines, f"    return plan.flat(found, cut={low}), log", ""])
 
 
 def _indented(lines: list[str], by: int) -> list[str]:
@@ -210,7 +197,7 @@ def _forward(recipe: Recipe, inputs: Inputs) -> list[str]:
     lines.append("values = compute(inputs, draw, nets, tables)")
     if recipe.precision == "fp32":
         return lines
-    cast = f"with torch.autocast(products.device.type, {DTYPES[recipe.precision]}):"
+    cast = f'with torch.autocast(batch["x0"].device.type, {DTYPES[recipe.precision]}):'
     return [cast, *_indented(lines, 4)]
 
 
@@ -233,12 +220,19 @@ def _conditions(inputs: Inputs) -> list[str]:
     ]
 
 
-def _update(recipe: Recipe, scaled: bool, copies: Copies) -> list[str]:
-    """Clipping, the learning rate, AdamW and averaging; after an overflow nothing moves."""
+def _update(recipe: Recipe, copies: Copies) -> str:
+    """The text of `update`: clipping, the learning rate, AdamW and averaging; after an overflow
+    nothing moves."""
+    scaled, low = recipe.precision == "fp16", recipe.precision != "fp32"
     options = recipe.optimizer.options
     numbers = [f"{n}={options[n]}" for n in ("beta1", "beta2", "eps", "weight_decay")]
     cosine = ', cosine=state["steps"]' if recipe.decay == "cosine" else ""
-    return [
+    fine = ", fine=fine" * scaled
+    followed = [
+        f'follow(state, "average.{n}", {copies.function(n)}, count{fine})' for n in copies.all
+    ]
+    lines = [
+        "gradient = torch.cat([part.float() for part in parts])" if low else "(gradient,) = parts",
         *['gradient = gradient / state["scale"]'] * scaled,
         "norm = gradient.norm()",
         *["fine = torch.isfinite(norm)"] * scaled,
@@ -246,11 +240,13 @@ def _update(recipe: Recipe, scaled: bool, copies: Copies) -> list[str]:
         'count = state["updates"] + 1.0',
         f"rate = learning_rate(count, {options['lr']}, warmup={recipe.warmup}{cosine})",
         f"numbers = dict({', '.join(numbers)})",
-        f"adamw(state, gradient, count, rate, averaging, **numbers{', fine=fine' * scaled})",
-        *[
-            f'follow(state, "average.{n}", {copies.function(n)}, count{", fine" * scaled})'
-            for n in copies.all
-        ],
+        f"adamw(state, gradient, count, rate, averaging, **numbers{fine})",
+        *followed,
         *["rescale(state, fine)"] * scaled,
         'state["turn"].add_(1)',
+        'log = {"gradient": norm, "rate": rate}',
+        *['log["scale"] = state["scale"].clone()'] * scaled,
+        "return log",
     ]
+    title = '    """What a gradient does to the state, in place. What is returned is logged."""'
+    return "\n".join(["def update(state, parts):", title, *_indented(lines, 4), ""])

@@ -116,7 +116,7 @@ def sampler(
 
 def _sampler(model: Model, index: Tensor, prompts: list[str], **guidance) -> Sampler:
     made, parts = model.programs, model.parts
-    nets = parts.plan.bind(parts.modules, model.weights)
+    nets = parts.plan.bind(parts.modules, parts.plan.views(model.weights))
     levels = made.levels.compute, made.tables["levels"]
     estimate = made.estimates.compute, made.tables["estimates"], nets
     return Sampler(*levels, *estimate, index, *conditions(parts, nets, prompts), **guidance)

@@ -55,8 +55,10 @@ class Parts:
     def nets(self, weights: Tensor, state: Mapping[str, Tensor]) -> dict[str, Callable]:
         """Every net as a function: the network with these weights [P], averaged copies with those
         of a state."""
-        copies = {n: self.plan.copy(self.modules, state[copy_of(n)]) for n in self.averages}
-        return self.plan.bind(self.modules, weights) | copies
+        plan = self.plan
+        buffers = {n: state[copy_of(n)] for n in self.averages}
+        copies = {n: plan.copy(self.modules, plan.views(flat)) for n, flat in buffers.items()}
+        return plan.bind(self.modules, plan.views(weights)) | copies
 
 
 def copy_of(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from bench.latents import write_data
 from torch import Tensor
 
-from difftrain.compiler import lowering, update
+from difftrain.compiler import lowering
 from difftrain.training.batches import Batches
 from difftrain.training.bundle import compile_spec
 from difftrain.training.own import importable
@@ -54,18 +54,7 @@ def forward(session: Session, batch: int) -> Callable[[], object]:
 
 def updating(session: Session) -> Callable[[], None]:
     """What a step does with its gradient, compiled: the norm, clipping, AdamW and the average."""
-    state, split = session.state, session.parts.plan.products
-    first = torch.ones_like(state.get("half", state["weights"])[:split])
-    rest = torch.ones_like(state["weights"][split:])
-    compiled = lowering.compiled(_updated)
-    return lambda: compiled(state, first, rest)
-
-
-def _updated(state: dict[str, Tensor], first: Tensor, rest: Tensor) -> None:
-    gradient = torch.cat([first.float(), rest])
-    count = state["updates"] + 1.0
-    clipped = update.clipped(gradient, gradient.norm(), 1.0)
-    rate = update.learning_rate(count, 1e-4, warmup=0)
-    numbers = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
-    update.adamw(state, clipped, count, rate, lambda _: 0.9999, **numbers)
-    state["turn"].add_(1)
+    plan, whole = session.parts.plan, session.programs.step.step
+    parts = tuple(map(torch.ones_like, plan.buffers(session.state)))
+    update = lowering.compiled(whole).update
+    return lambda: update(session.state, parts)
