@@ -251,7 +251,7 @@ def test_on_a_gpu_a_network_and_its_tangent_are_near_float64(switches):
     exact = copy.deepcopy(network).cuda().double()
     expected = network_gradient(exact)(weights_of(exact), x.double(), t.double())
     network.cuda()
-    found = lowering.compiled(network_gradient(network), forward=True)(weights_of(network), x, t)
+    found = lowering.compiler(forward=True)(network_gradient(network))(weights_of(network), x, t)
     assert off(found[1], expected[1]) < 3e-2
     flat = [
         torch.cat([g.flatten().double() for g in made[0].values()]) for made in (found, expected)

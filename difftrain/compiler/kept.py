@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from difftrain.compiler.lowering import options
+from difftrain.compiler.lowering import compiler
 from difftrain.compiler.whole import Step
 
 FUNCTIONS = ("gradient", "update")
@@ -51,16 +51,10 @@ def compiled(step: Step, args: tuple, forward: bool = False) -> Step:
     """The step compiled for arguments like these, and for no others: it looks at none again."""
     state, plan = args[0], args[3]
     parts = tuple(map(torch.empty_like, plan.buffers(state)))
-    told = {**options(forward), "guard_filter_fn": lambda guards: [False] * len(guards)}
-    made = []
+    calls = ((step.gradient, (plan.read(state), *args)), (step.update, (state, parts)))
+    through = compiler(forward, guard_filter_fn=lambda guards: [False] * len(guards))
     with torch._dynamo.config.patch(enable_aot_compile=True):
-        for function, given in (
-            (step.gradient, (plan.read(state), *args)),
-            (step.update, (state, parts)),
-        ):
-            wrapped = torch.compile(function, fullgraph=True, dynamic=False, options=told)
-            made.append(wrapped.aot_compile((given, {})))
-    return Step(*made)
+        return Step(*(through(function).aot_compile((given, {})) for function, given in calls))
 
 
 def take(step: Step, outside: Mapping[str, object]) -> bytes:
@@ -86,16 +80,13 @@ def _taken(function: Callable, outside: Mapping[str, object]) -> bytes:
 def give(data: bytes, step: Step, outside: Mapping[str, object]) -> Step:
     """The step that was taken, with the like of what was outside it then."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return Step(
-            *(
-                torch.compiler.load_compiled_function(
-                    io.BytesIO(archive.read(name)),
-                    f_globals=getattr(step, name).__globals__,
-                    external_data=dict(outside),
-                )
-                for name in FUNCTIONS
-            )
-        )
+        return Step(*(_given(archive.read(n), getattr(step, n), outside) for n in FUNCTIONS))
+
+
+def _given(data: bytes, function: Callable, outside: Mapping[str, object]) -> Callable:
+    return torch.compiler.load_compiled_function(
+        io.BytesIO(data), f_globals=function.__globals__, external_data=dict(outside)
+    )
 
 
 def outside(modules: Mapping[str, nn.Module], plan: object) -> dict[str, object]:

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from difftrain.compiler import channels
 from difftrain.compiler.whole import Step
 
 # What compiling a small UNet's whole step costs and gains on a CPU: docs/performance.md.
@@ -84,16 +85,23 @@ def options(forward: bool) -> dict[str, object]:
     """What Inductor is told of a step, one that differentiates the network `forward` or not.
 
     Its one kernel for reductions of both orders gains 4% of DiT-XL/2's step, and ends the compiling
-    of normalised heads that are differentiated forward ("256 v.s. 128", torch 2.11).
+    of normalised heads that are differentiated forward ("256 v.s. 128", torch 2.11). Cutting graphs
+    into partitions is for CUDA graphs of its own, and a sixth of its time for a large network.
     """
-    return {"triton.mix_order_reduction": not forward}
+    return {"triton.mix_order_reduction": not forward, "graph_partition": False}
+
+
+def compiler(forward: bool, **more: object) -> Callable[[Callable], Callable]:
+    """What compiles a function of a step whole, by these options and `more`."""
+    channels.last()
+    told = {**options(forward), **more}
+    return partial(torch.compile, fullgraph=True, dynamic=False, options=told)
 
 
 def compiled(step: Step, forward: bool = False) -> Step:
     """The step through `torch.compile(fullgraph=True)`; compiling it a second time is an error."""
     torch._dynamo.config.error_on_recompile = False
-    told = {"fullgraph": True, "dynamic": False, "options": options(forward)}
-    return step.each(partial(torch.compile, **told))
+    return step.each(compiler(forward))
 
 
 def no_more_compiling() -> None:
