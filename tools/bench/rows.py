@@ -18,7 +18,7 @@ FAMILIES = {  # the side of a peer's latents; its tiny sizes, and the settings t
     ),
 }
 Key = tuple[str, str]  # a row as it was asked for, and the label of a contender
-MEMORY = {"unet": (18, 1.15), "dit": (13, 0.42)}  # GB of weights and of a sample, as one H100 had them
+MEMORY = {"unet": (18, 1.15), "dit": (13, 0.42)}  # GB of weights and of a sample, as measured
 TINY = {"train.precision": "fp32", "train.compile": "on"}
 TINY_SIDE, TINY_BATCH = 16, 4
 
