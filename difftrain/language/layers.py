@@ -10,7 +10,6 @@ from difftrain.language.names import Definition
 from difftrain.language.nearest import nearest
 from difftrain.language.scope import (
     REMARKS,
-    WHOLE,
     Equation,
     Equations,
     Lack,
@@ -49,7 +48,7 @@ def add_use(
         s.name
         for s in statements
         if isinstance(s, (Define, Draw)) and (apart or s.name not in equations.quantities)
-    } - {*REMARKS, WHOLE}
+    } - set(REMARKS)
     bound = bind(use, found)
     local = {name: f"{label}.{name}" for name in (*bound, *made)}
     words = frozenset(w for f, _ in formals(use.definition).values() for w in choices(f))
@@ -96,7 +95,7 @@ def add_statements(equations, statements, scope, found, layer, use=None) -> None
     for definition in lineage(use.definition) if use is not None else ():
         _remarks(equations, definition, use, scope)
     for node in statements:
-        if use is not None and isinstance(node, Define) and node.name in (*REMARKS, WHOLE):
+        if use is not None and isinstance(node, Define) and node.name in REMARKS:
             continue
         if isinstance(node, (Define, Draw)):
             _base(equations, node, scope, found, layer, before)

@@ -26,8 +26,8 @@ GIVEN = ("x0", "cond", "null", "step", "image", "tap", "metadata")
 OPEN = ("t", "alpha", "sigma", "target", "r")
 NETS = ("student", "teacher")
 DERIVED = ("row_a", "row_b")
-REMARKS = ("needs", "help", "lacks", "because", "has_guidance")  # what a block says about its use
 WHOLE = "whole"  # where a block lists those of its parameters that count something
+REMARKS = ("needs", "help", "lacks", "because", "has_guidance", WHOLE)  # beside a block's equations
 
 
 @dataclass(frozen=True, eq=False)
