@@ -18,8 +18,9 @@ import torch
 from difftrain.cli import main
 from difftrain.export import parity, pt2
 from difftrain.export.errors import ExportError, Parted
+from difftrain.export.inlined import closed
 from difftrain.export.modules import PRECISIONS, pieces
-from difftrain.export.onnx import write
+from difftrain.export.onnx import SOLVERS, write
 from difftrain.export.opened import opened
 from difftrain.export.trace import batches, traced
 
@@ -158,6 +159,23 @@ def test_a_sampler_holds_its_weights_once(run):
     once, twice = (Counter(n.op_type for n in graph.node) for graph in (backbone, sampler))
     assert twice["Conv"] == 2 * once["Conv"] and twice["Softmax"] == 2 * once["Softmax"]
     assert twice["MatMul"] < 2 * once["MatMul"] and twice["Backbone"] == 0, (once, twice)
+
+
+@pytest.mark.parametrize("name", ["unet", "classes", "jump"])
+@pytest.mark.parametrize("solver", [{}, {"solver": "ddim(steps = 20)"}], ids=["whole", "step"])
+def test_pieces_are_traced_on_any_device(run, name, solver):
+    """`meta` stands for a GPU: what is made on the CPU in between would be told."""
+    if name == "jump" and solver:
+        solver = {"solver": "jump(steps = 12)"}
+    with made(run(name), **solver) as (_, parts):
+        for kind, piece in parts.items():
+            own = closed(piece, parts["backbone"]) if kind in SOLVERS else piece
+            inputs = {n: value.to("meta") for n, value in own.inputs.items()}
+            away = replace(own, module=own.module.to("meta"), inputs=inputs)
+            program = traced(kind, away, batches(kind, (1, 8)))
+            values = [n.meta["val"] for n in program.graph.nodes if "val" in n.meta]
+            found = {v.device.type for v in values if isinstance(v, torch.Tensor) and v.dim()}
+            assert found <= {"meta", "cpu"} and "meta" in found
 
 
 @torch.no_grad()

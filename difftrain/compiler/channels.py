@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import torch
 
+OPERATOR = torch.ops.aten.convolution_backward
+
 
 def last() -> None:
-    """From here on torch's compiler hands them over with the channel last."""
-    from torch._inductor.lowering import add_layout_constraint
+    """From here on torch's compiler hands them over with the channel last, where it would not do so
+    by itself, as from torch 2.13 on."""
+    from torch._inductor import lowering
 
-    add_layout_constraint(torch.ops.aten.convolution_backward, _laid)
+    rule = lowering.maybe_layout_constraints(OPERATOR.default)
+    if rule is lowering.constrain_to_fx_strides:
+        lowering.add_layout_constraint(OPERATOR, _laid)
 
 
 def _laid(node, *args, **named):

@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
+from difftrain.compiler.executable import FIXED_TIME
 from difftrain.compiler.lowering import compiler
 from difftrain.compiler.whole import Step
 
@@ -62,7 +63,8 @@ def take(step: Step, outside: Mapping[str, object]) -> bytes:
     with io.BytesIO() as data:
         with zipfile.ZipFile(data, "w") as archive:
             for name in FUNCTIONS:
-                archive.writestr(name, _taken(getattr(step, name), outside))
+                entry = zipfile.ZipInfo(name, FIXED_TIME)
+                archive.writestr(entry, _taken(getattr(step, name), outside))
         return data.getvalue()
 
 

@@ -5,6 +5,8 @@ the compiled step small. Names of modules and parameters survive in checkpoints.
 
 Weights of matrix products come first: forward passes below fp32 read these from a copy in their own
 precision, which the update writes. Weights of convolutions lie with the channel last, as GPUs want.
+Those of a size that is no multiple of ALIGNED come after all others, in fp32, so that every other
+one lies where a GPU reads it at once.
 
 A step is given the views, not the buffer: what is compiled of a block then says nothing of where
 its weights lie, so that equal blocks have equal kernels.
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-EVEN = 8  # numbers of half precision that GPUs read at once: 16 bytes, at a multiple of as many
+ALIGNED = 8  # numbers of half precision that GPUs read at once: 16 bytes, from a multiple of 16
 
 Views = dict[str, dict[str, Tensor]]  # the parameters of each module, by name
 
@@ -86,13 +88,14 @@ class Layout:
         """The buffer that forward passes read of a state, or its two parts."""
         if "half" not in state:
             return (state["weights"],)
-        return state["half"][: self.products], state["weights"][self.products :]
+        parts = state["half"][: self.products], state["weights"][self.products :]
+        return tuple(part for part in parts if len(part))
 
     def flat(self, views: Views, *, cut: bool) -> tuple[Tensor, ...]:
         """The buffer [P] of views, or `cut` into its two parts."""
         flats = [slot.flat(views[slot.module][slot.name]) for slot in self.slots]
         parts = (flats[: self._first], flats[self._first :]) if cut else (flats,)
-        return tuple(torch.cat(part) if part else flats[0][:0] for part in parts)
+        return tuple(torch.cat(part) for part in parts if part)
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """The buffer by `module.parameter`, for checkpoints."""
@@ -145,9 +148,9 @@ def bound(module: nn.Module, parameters: Mapping[str, Tensor], tied: bool) -> Ca
 
 
 def layout(modules: Mapping[str, nn.Module]) -> Layout:
-    """The layout of every parameter of the modules that wants a gradient: products first, and of
-    both kinds those first behind which the next one is even, too; else as they are."""
-    found = sorted(_trained(modules), key=lambda one: (not one[0], one[-1].numel() % EVEN != 0))
+    """The layout of every parameter of the modules that wants a gradient: products, then others, of
+    which those that are no multiple of ALIGNED come last."""
+    found = sorted(_trained(modules), key=lambda one: (not one[0], one[-1].numel() % ALIGNED != 0))
     starts = [0, *accumulate(parameter.numel() for *_, parameter in found)]
     slots = (
         Slot(module, name, p.shape, start, p.numel(), last=product and p.dim() == 4)
@@ -165,12 +168,12 @@ def _ties(module: nn.Module) -> bool:
 
 def _trained(modules: Mapping[str, nn.Module]) -> Iterator[tuple[bool, str, str, nn.Parameter]]:
     """Each parameter that wants a gradient, by module and name, and whether it is a product's; the
-    few that are not even are none, so that all others are."""
+    few of a size that is no multiple of ALIGNED are none."""
     for module, parts in modules.items():
         for name, parameter in parts.named_parameters():
             owner = parts.get_submodule(name.rpartition(".")[0])
             if parameter.requires_grad:
-                product = isinstance(owner, PRODUCTS) and parameter.numel() % EVEN == 0
+                product = isinstance(owner, PRODUCTS) and parameter.numel() % ALIGNED == 0
                 yield product, module, name, parameter
 
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,8 +93,12 @@ def options(forward: bool) -> dict[str, object]:
 def compiler(forward: bool, **more: object) -> Callable[[Callable], Callable]:
     """What compiles a function of a step whole, by these options and `more`."""
     channels.last()
-    told = {**options(forward), **more}
-    return partial(torch.compile, fullgraph=True, dynamic=False, options=told)
+
+    def through(function: Callable) -> Callable:
+        told = {**options(forward), **more}  # of its own: torch takes out what it has read
+        return torch.compile(function, fullgraph=True, dynamic=False, options=told)
+
+    return through
 
 
 def compiled(step: Step, forward: bool = False) -> Step:

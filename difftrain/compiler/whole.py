@@ -12,7 +12,7 @@ from difftrain.compiler.layout import Layout, Views
 
 
 class Seen(NamedTuple):
-    """A state, and what a step reads of it: views, which stay those of the state."""
+    """A state, and the views of it that a step reads."""
 
     state: Mapping[str, Tensor]
     read: dict[str, Views]
@@ -23,8 +23,9 @@ class Step:
     """One training step, in place: the `gradient` of a batch, then the `update` of the state, each
     as emitted or compiled. What is returned is logged.
 
-    They meet in one buffer, the gradient, which no kernel could both write and norm. So nothing is
-    lost where each is compiled alone, and the first then changes nothing that it reads.
+    Between them lies the gradient, which is written out in any case: its norm is a sum over all of
+    it, and no weight moves before that is known. So nothing is lost where each is compiled alone.
+    The tensors of a state stay the same ones for as long as it is stepped: views are made once.
     """
 
     gradient: Callable

@@ -28,7 +28,8 @@ class Closed(nn.Module):
         every["guess"] = torch.zeros_like(x) if guess is None else guess
         given = [every[name] for name in self.inputs]
         shaped = {"dtypes": [x.dtype] * 2, "shapes": [x.shape] * 2}
-        return tuple(torch.onnx.ops.symbolic_multi_out("::".join(OPERATOR), given, **shaped))
+        found = torch.onnx.ops.symbolic_multi_out("::".join(OPERATOR), given, **shaped)
+        return tuple(value.to(x.device) for value in found)  # they come on the CPU
 
 
 def closed(piece: Piece, backbone: Piece) -> Piece:

@@ -17,7 +17,7 @@ EIGHT = torch.float8_e4m3fn
 LARGEST = torch.finfo(EIGHT).max
 LEAST = 1e-30  # greatest number of a row that is 0
 ABLE = (8, 9)  # compute capability
-BYTES = 16  # what addresses are a multiple of, for the kernels; a bias lies among other weights
+BYTES = 16  # what addresses are a multiple of, for the kernels; ours are, others' may not be
 SIDES = 16  # both sides of a weight are a multiple of it: what the kernels take
 
 

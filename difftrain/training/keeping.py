@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from difftrain.compiler import kept, lowering
 from difftrain.compiler.executable import Shelf
+from difftrain.compiler.whole import Step
 from difftrain.training.bundle import Bundle
 
 
@@ -30,7 +31,7 @@ class Keeping:
         """Whether the file has a compiled step for these facts."""
         return self.shelf is not None and self.shelf.has(facts)
 
-    def compiled(self, step: Callable, args: tuple, facts: kept.Facts, forward: bool) -> Callable:
+    def compiled(self, step: Step, args: tuple, facts: kept.Facts, forward: bool) -> Step:
         """The step for arguments like these: as it is kept, or to be compiled as one that
         differentiates the network `forward` or not."""
         if self.has(facts):
