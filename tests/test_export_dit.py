@@ -63,6 +63,7 @@ RUNS = {
     "no signal at the end": {"process": "ddpm(terminal_snr = zero)"},
     "dpm": {"prediction": "epsilon", "solver": "dpm_solver_pp(steps = 10)"},
     "many steps": {"solver": "ddim(steps = 50)"},
+    "one step, which draws nothing": {"solver": "ddim(steps = 1, eta = 1)"},
     "flow": {"library": "sit", **FLOW},
     "flow of large times": {"library": "sit", "more": ", time_scale = 1000", **FLOW},
     "flow towards noise": {
@@ -126,6 +127,10 @@ REFUSED = {
     "has no `mlp = swiglu`": {"more": ", mlp = swiglu"},
     "knows the 100 times of this solver as the network does": {"solver": "ddim(steps = 100)"},
     "draws what its solver adds without a seed": {"solver": "ddim(steps = 4, eta = 1)"},
+    "DiT's pipeline cannot be given the scheduler that makes the moves of `multistep`": {
+        **FLOW,
+        "solver": "multistep(steps = 1)",
+    },
 }
 
 

@@ -138,15 +138,21 @@ REFUSED = {
     "along the straight path alone, alpha = 1 - t and sigma = t: train on `linear`": straight(
         process="gvp"
     ),
-    "makes the moves of `heun` at the times of this process: use `euler`": (
+    "the moves of `heun` as it is asked for here, at the times of this process: use `euler`": (
         straight(solver="heun(steps = 4)")
+    ),
+    "the moves of `ddim` as it is asked for here, at the times of this process": (
+        straight(solver="ddim(steps = 4, eta = 1)")
     ),
     "no prediction type `sample` on continuous times": straight(prediction="sample"),
     "`time_scale = 1.5`, and schedulers of diffusers tell times whole numbers as large": (
         straight(LOADED.replace("codec", "time_scale = 1.5, codec"))
     ),
-    "the moves of `heun` for a preconditioned network: use `euler`": (
+    "the moves of `heun` as it is asked for here, for a preconditioned network: use `euler`": (
         growing(solver="heun(steps = 4)")
+    ),
+    "the moves of `ddim` as it is asked for here, for a preconditioned network": (
+        growing(solver="ddim(steps = 4, eta = 0.5)")
     ),
     "preconditions networks of the prediction type `sample`, not `epsilon`": (
         growing(prediction="epsilon")

@@ -33,8 +33,8 @@ def straight(run: Opened, scale: int):
         case "multistep", _:
             return diffusers.FlowMatchEulerDiscreteScheduler(**told, stochastic_sampling=True)
     raise ExportError(
-        f"no scheduler of diffusers makes the moves of `{solver.module}` at the times of this"
-        " process: use `euler`"
+        f"no scheduler of diffusers makes the moves of `{solver.module}` as it is asked for here,"
+        " at the times of this process: use `euler`"
     )
 
 
@@ -123,8 +123,8 @@ def _adding(solver: Part) -> tuple[str, dict[str, object]]:
             kind = "sde-" * bool(scale) + "dpmsolver++"
             return "EDMDPMSolverMultistepScheduler", {"algorithm_type": kind}
     raise ExportError(
-        f"no scheduler of diffusers makes the moves of `{solver.module}` for a preconditioned"
-        " network: use `euler` or `dpm_solver_pp`"
+        f"no scheduler of diffusers makes the moves of `{solver.module}` as it is asked for here,"
+        " for a preconditioned network: use `euler` or `dpm_solver_pp`"
     )
 
 

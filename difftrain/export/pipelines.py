@@ -13,7 +13,9 @@ from difftrain.export.continuous import other_times, preconditioned, stepped
 from difftrain.export.errors import ExportError, no_pipeline
 from difftrain.export.opened import Opened
 from difftrain.export.schedulers import scheduler
-from difftrain.models.codec import Pixels
+from difftrain.models import is_foreign
+from difftrain.models.codec import Codec, Pixels
+from difftrain.models.labels import Labels
 from difftrain.models.text import TextEncoder
 
 EVERY = 1000  # times that stand for all of a continuous process
@@ -22,6 +24,8 @@ EXACT_ANYWHERE = 1e-4  # of a layer that was solved for
 
 def pipeline(run: Opened) -> Made:
     """The pipeline of the network's kind, made of copies."""
+    if is_foreign(run.objective.backbone.part):  # its class may be called as one of ours
+        raise ExportError(no_pipeline("a network from Python"))
     student = run.parts.modules["student"]
     network = getattr(student, "module", student)
     make = PIPELINES.get(type(network).__name__)
@@ -56,11 +60,7 @@ def _pixart(run: Opened, network: nn.Module) -> Made:
             " `t5.encoder` with `weights`, and leave `padding = hidden`"
         )
     _rescales_nothing(run, "PixArt")
-    if not run.indexed and run.sampling["solver"].module == "multistep":
-        raise ExportError(
-            "PixArt's pipeline cannot be given the scheduler that makes the moves of `multistep` on"
-            " continuous times: use `euler`"
-        )
+    _is_not_noised_again(run, "PixArt")
     if network.use_additional_conditions:
         raise ExportError(no_pipeline("a PixArt network that is told the sides of the picture"))
     pipe = PixArtSigmaPipeline(
@@ -78,6 +78,8 @@ def _dit(run: Opened, network: nn.Module) -> Made:
     from diffusers import DiTPipeline
 
     dit.fits(network.form)
+    if not isinstance(run.parts.text, Labels):
+        raise ExportError(no_pipeline("classes that Python tells"))
     _fits_dit(run)
     scale = 1 if run.indexed else max(1, round(network.form.time_scale))
     steps = scheduler(run, scale)
@@ -102,6 +104,7 @@ def _fits_dit(run: Opened) -> None:
             " nothing, such as `ddim`"
         )
     _rescales_nothing(run, "DiT")
+    _is_not_noised_again(run, "DiT")
     if preconditioned(run) is not None:
         raise ExportError(
             "DiT's pipeline begins with noise of deviation 1, and this process ends in more:"
@@ -132,6 +135,14 @@ def _rescales_nothing(run: Opened, name: str) -> None:
         raise ExportError(f"{name}'s pipeline rescales no guidance: leave `guidance_rescale` out")
 
 
+def _is_not_noised_again(run: Opened, name: str) -> None:
+    if not run.indexed and run.sampling["solver"].module == "multistep":
+        raise ExportError(
+            f"{name}'s pipeline cannot be given the scheduler that makes the moves of `multistep`"
+            " on continuous times: use `euler`"
+        )
+
+
 def _times(run: Opened, scale: int) -> dit.Times:
     """The times of the solver and of the whole process."""
     kind, low, high = run.bundle.manifest["time"]
@@ -142,7 +153,7 @@ def _times(run: Opened, scale: int) -> dit.Times:
 def _steps_alone(steps: int) -> str:
     return (
         "its network is told times at other rates than the one that was trained, and is the same"
-        f" at those of {steps} steps alone: export again to sample with another number"
+        f" at those of {steps} step{'s' * (steps != 1)} alone: export again to sample with another number"
     )
 
 
@@ -185,7 +196,7 @@ def _framed_scheduler(run: Opened):
 def _autoencoder(run: Opened) -> nn.Module:
     """The codec as pipelines of latents know it."""
     codec = run.parts.codec
-    if type(codec.model).__name__ != "AutoencoderKL":
+    if not isinstance(codec, Codec) or type(codec.model).__name__ != "AutoencoderKL":
         raise ExportError(
             "the pipelines of diffusers decode latents of an AutoencoderKL, and the codec is none:"
             " use `codec = sd.vae`"
@@ -210,8 +221,8 @@ def _scaled(run: Opened) -> tuple[float, ...]:
 def _text(run: Opened, kind: str, instead: str) -> TextEncoder:
     """The text encoder, which the pipeline can only have of one kind."""
     text = run.parts.modules.get("text")
-    model = getattr(text, "model", None)
-    if type(model).__name__ != kind or text.before is not None:
+    known = isinstance(text, TextEncoder) and type(text.model).__name__ == kind
+    if not known or text.before is not None:
         raise ExportError(
             f"{run.encoder} encodes the prompts of this run, and the pipeline of its network reads"
             f" them through one `{instead}`: train with `text = {instead}`, or export to another"
@@ -223,10 +234,11 @@ def _text(run: Opened, kind: str, instead: str) -> TextEncoder:
 def _called(run: Opened, pipe) -> dict[str, object]:
     """What a pipeline is called with."""
     call, solver = stepped(run, pipe.scheduler), run.sampling["solver"]
-    if not call.keys() <= signature(pipe.__call__).parameters.keys():
+    known = signature(pipe.__call__).parameters
+    if not call.keys() <= known.keys():
         raise ExportError(other_times(solver, "`grid = even`"))
     more = {
-        "eta": solver.options.get("eta", 0),
+        "eta": solver.options.get("eta", 0) if "eta" in known else 0,
         "guidance_rescale": run.sampling["guidance_rescale"],
     }
     more = {name: float(value) for name, value in more.items() if value}
