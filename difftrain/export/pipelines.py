@@ -153,7 +153,8 @@ def _times(run: Opened, scale: int) -> dit.Times:
 def _steps_alone(steps: int) -> str:
     return (
         "its network is told times at other rates than the one that was trained, and is the same"
-        f" at those of {steps} step{'s' * (steps != 1)} alone: export again to sample with another number"
+        f" at those of {steps} step{'s' * (steps != 1)} alone: export again to sample with another"
+        " number"
     )
 
 
