@@ -10,7 +10,7 @@ from difftrain.language.names import Names, is_shipped
 from difftrain.language.nearest import nearest
 from difftrain.language.numbers import Support
 from difftrain.language.operations import LAWS, NAMES
-from difftrain.language.scope import Equations, Use, formals
+from difftrain.language.scope import REMARKS, Equations, Use, formals
 from difftrain.language.term import number
 from difftrain.language.tree import Argument, Call, Expr, Span
 from difftrain.language.worlds import Function
@@ -48,6 +48,8 @@ def unknown(name: str, known: Sequence[str], at: Expr | Argument, home: Names) -
     hint = f"write `{close}`" if close else "define it here, or add it as a parameter"
     if name in LAWS:
         hint = f"write `{LAWS[name].partition(':')[0]}`"
+    if name in REMARKS:
+        hint = f"give the quantity another name: `{name}` is a remark of a block"
     for kind, slot in BLOCKS.items():
         if home.find(kind, (name,)):
             text = f"`{name}` is a {kind}, not a quantity"

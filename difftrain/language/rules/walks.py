@@ -20,7 +20,7 @@ from difftrain.language.scope import WHOLE, formals, lineage, named
 from difftrain.language.spacing import DEFAULTS, Law, Misfit, above, check, chosen
 from difftrain.language.spec import Spec
 from difftrain.language.tree import Block, Call, Define, Expr, ListOf, Name, Span
-from difftrain.language.uses import listed, not_a
+from difftrain.language.uses import PART_KINDS, listed, not_a
 from difftrain.language.worlds import HERE, Problem
 
 SPOKEN = ("DIF205", "DIF206", "DIF312")  # of a process that is not the one which is meant
@@ -288,7 +288,10 @@ def _no_names(definition: Definition, node: Define) -> Iterator[Finding]:
     kind = "option" if node.name in OPTIONS else "quantity"
     known = list(formals(definition))
     if not isinstance(node.value, ListOf):
-        yield not_a("list", node.value, f"write `{node.name} = [{node.value.span.text}]`")
+        hint = f"write `{node.name} = [{node.value.span.text}]`"
+        if definition.kind not in PART_KINDS and node.value.span.text not in known:  # a quantity
+            hint = f"give the quantity another name: `{node.name}` lists options that count"
+        yield not_a("list", node.value, hint)
         return
     for item in node.value.items:
         if not isinstance(item, Name):
