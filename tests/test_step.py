@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from difftrain.compiler.layout import gather, layout
+from difftrain.compiler.lowering import compiler
 from difftrain.compiler.update import adamw
 from difftrain.models import build
 from difftrain.training import state as states
@@ -206,3 +207,31 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(states.CheckpointError, match="cannot be read"):
         states.load(path, bench.fresh(), bench.plan, "abc")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_derivatives_of_convolutions_are_given_what_they_read():
+    """A group norm leaves the channel first; nothing is copied for that."""
+
+    def block():
+        layers = torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.GroupNorm(4, 32), torch.nn.SiLU()
+        return torch.nn.Sequential(*layers)
+
+    network = torch.nn.Sequential(block(), block(), block()).cuda()
+    network.to(memory_format=torch.channels_last)
+    weights = dict(network.named_parameters())
+    x = torch.randn(8, 32, 16, 16, device="cuda")
+
+    def loss(weights):
+        with torch.autocast("cuda", torch.bfloat16):
+            made = torch.func.functional_call(network, weights, x, tie_weights=False)
+        return made.float().square().mean()
+
+    torch._dynamo.reset()
+    found = compiler(forward=False)(torch.func.grad(loss))
+    found(weights)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        found(weights)
+    names = [event.name for event in profile.events()]
+    assert any("triton" in name for name in names)
+    assert not [name for name in names if "direct_copy_kernel" in name]
