@@ -94,7 +94,7 @@ def test_it_tells_about_itself(home, capsys):
     out = capsys.readouterr().out
     assert out.startswith('{\n  "name": "tiny",')
     assert "objective tiny  in tiny.diff" in out and "weight of each squared error" in out
-    assert "def step(state, batch, modules, plan, tables):" in out
+    assert "def gradient(read, state, batch, modules, plan, tables):" in out
     assert launch.main([str(home / "tiny"), "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: tiny ")
 
