@@ -16,7 +16,7 @@ from difftrain.compiler import channels
 from difftrain.compiler.whole import Step
 
 # What compiling a small UNet's whole step costs and gains on a CPU: docs/performance.md.
-CPU_SECONDS = 180.0
+CPU_SECONDS = 120.0
 CPU_GAIN = 0.20
 
 
