@@ -138,7 +138,10 @@ def test_text_reaches_the_levels_that_are_named():
         ({"groups": 3}, "8 channels cannot be split into 3 groups: use a multiple of 3"),
         ({"heads": 5}, "8 channels cannot be split into 5 heads"),
         ({"heads": [2]}, "`heads` has 1 numbers for 2 levels: give one for each"),
-        ({"attention": [2]}, "there is no level 2: the levels are 0 to 1"),
+        (
+            {"attention": [2]},
+            "`attention` lists level 2, and 2 `channels` make the levels 0 to 1",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_told(options, said):

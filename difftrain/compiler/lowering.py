@@ -85,7 +85,7 @@ def options(forward: bool) -> dict[str, object]:
 
     Its one kernel for reductions of both orders gains 4% of DiT-XL/2's step, and ends the compiling
     of normalised heads that are differentiated forward ("256 v.s. 128", torch 2.11). Cutting graphs
-    into partitions is for CUDA graphs of its own, and a sixth of its time for a large network.
+    into partitions takes time, and is for CUDA graphs of its own.
     """
     return {"triton.mix_order_reduction": not forward, "graph_partition": False}
 

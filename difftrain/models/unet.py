@@ -103,7 +103,10 @@ def _shape(channels: tuple[int, ...], layers: int, heads, attention, groups: int
     levels = len(channels)
     seen = range(levels - 1) if attention is None else attention
     if wrong := [level for level in seen if level not in range(levels)]:
-        raise PartError(f"there is no level {wrong[0]}: the levels are 0 to {levels - 1}")
+        raise PartError(
+            f"`attention` lists level {wrong[0]}, and {levels} `channels` make the levels 0 to"
+            f" {levels - 1}: list some of these"
+        )
     each = (heads,) * levels if isinstance(heads, int) else tuple(heads)
     if len(each) != levels:
         raise PartError(f"`heads` has {len(each)} numbers for {levels} levels: give one for each")
