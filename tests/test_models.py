@@ -263,11 +263,13 @@ def test_a_diffusers_unet_is_a_network_as_it_is(unet):
 
 
 @pytest.mark.parametrize("condition", ["text", "classes"])
-def test_one_product_for_q_k_and_v_changes_nothing(condition):
+def test_products_arranged_anew_change_nothing(condition):
+    """One product for q, k and v, two for the halves of a gated layer."""
+    from diffusers.models.activations import GEGLU
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     from difftrain.models.labels import Labels
-    from difftrain.models.processor import OneProduct
+    from difftrain.models.processor import Gated, OneProduct
 
     text = Labels(5, [], "label") if condition == "classes" else None
     shape = dict(channels=[32, 64], layers=1, heads=2, attention=[0], groups=8, size=64, text=text)
@@ -281,6 +283,12 @@ def test_one_product_for_q_k_and_v_changes_nothing(condition):
     gradients = torch.autograd.grad(ours.square().sum(), list(network.parameters()))
     for module in looking:
         module.set_processor(AttnProcessor2_0())
+    gated = [(m, n) for m in network.modules() for n, c in m.named_children() if type(c) is Gated]
+    assert bool(gated) == (condition == "text")
+    for parent, name in gated:
+        proj = parent.get_submodule(name).proj
+        setattr(parent, name, GEGLU(proj.in_features, proj.out_features // 2).double())
+        parent.get_submodule(name).proj = proj
     theirs = network(x, t, cond)
     expected = torch.autograd.grad(theirs.square().sum(), list(network.parameters()))
     assert torch.allclose(ours, theirs, atol=1e-12)

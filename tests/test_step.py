@@ -213,14 +213,18 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
 def test_on_a_gpu_derivatives_of_convolutions_are_given_what_they_read():
     """A group norm leaves the channel first; nothing is copied for that."""
 
+    width = 128  # where no convolution is wider than 64, Inductor puts no channel last
+
     def block():
-        layers = torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.GroupNorm(4, 32), torch.nn.SiLU()
-        return torch.nn.Sequential(*layers)
+        norm = torch.nn.GroupNorm(4, width)
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(width, width, 3, padding=1), norm, torch.nn.SiLU()
+        )
 
     network = torch.nn.Sequential(block(), block(), block()).cuda()
     network.to(memory_format=torch.channels_last)
     weights = dict(network.named_parameters())
-    x = torch.randn(8, 32, 16, 16, device="cuda")
+    x = torch.randn(8, width, 16, 16, device="cuda")
 
     def loss(weights):
         with torch.autocast("cuda", torch.bfloat16):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from difftrain.models.frame import SCALE, Frame, widened
-from difftrain.models.processor import join_products
+from difftrain.models.processor import arrange_products
 
 SCALES = 256  # sinusoids of the guidance scale, arXiv:2310.04378 section 4.3
 
@@ -19,7 +19,7 @@ class UNet(Frame):
     def __init__(self, module: nn.Module, *, latent: int, side: int, **options):
         super().__init__(module, module.time_embedding.linear_1.out_features, **options)
         if not options.get("forward_mode"):
-            join_products(module)
+            arrange_products(module)
         if "w" in self.inputs:
             _see_scales(module)
         if "guess" in self.inputs and module.config.in_channels == latent:
