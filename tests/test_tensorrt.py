@@ -33,7 +33,7 @@ from difftrain.export.manifest import tabled
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
 from difftrain.export.png import png, sheet
-from difftrain.export.running import Refused, Runner, Walk, gpu, runtime
+from difftrain.export.running import Refused, Runner, Walk, gpu, log, runtime
 from difftrain.export.tokens import BytePairs, UnknownWords, words
 from difftrain.models.encoders import t5
 from difftrain.models.errors import PartError
@@ -107,6 +107,15 @@ def test_what_no_engine_is_made_of(tmp_path):
         ExportError, match=r"`b` has no engine \(.+\): export to another target, such as"
     ):
         build(Source("b", path, None), EVERY, RTX)
+
+
+def test_all_parts_of_the_library_are_given_one_logger(source):
+    trt = runtime(build(source, EVERY, RTX).about)
+    said = log(trt)
+    first, second = trt.Runtime(said), trt.Builder(log(trt))
+    assert second.logger is said and not first.deserialize_cuda_engine(b"no engine")
+    assert said.errors and said.first() != "the library does not say why"
+    assert log(trt) is said and not said.errors
 
 
 # ---- the library

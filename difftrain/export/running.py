@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +45,8 @@ class Runner:
         self.config = _config(trt, self.engine)
         self.compiled = self._kernels()
         self.context = self.engine.create_execution_context(self.config)
+        if self.context is None:
+            raise Refused(f"the engine `{name}` does not start here: {said.first()}", 4)
         size = max(1, self.engine.device_memory_size_v2)
         self.memory = torch.empty(size, dtype=torch.uint8, device="cuda")
         self.context.set_device_memory(self.memory.data_ptr(), size)
@@ -129,8 +132,15 @@ def _config(trt: ModuleType, engine):
 
 
 def log(trt: ModuleType):
-    """A logger that keeps what the library calls an error."""
+    """A logger that keeps what the library calls an error from now on. There is one in a process:
+    the library goes on calling the first that it was given, also when its owner is gone."""
+    said = _logger(trt)
+    said.errors.clear()
+    return said
 
+
+@cache
+def _logger(trt: ModuleType):
     class Log(trt.ILogger):
         def __init__(self):
             super().__init__()
