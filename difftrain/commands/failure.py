@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 CLEAN, FINDINGS, USAGE, ABSENT, FAILED, BUG = 0, 1, 2, 3, 4, 70
 
 # The errors that other stages raise with a sentence of their own.
@@ -53,6 +56,8 @@ def failure(error: Exception) -> Failure:
         code = TOLD.get(f"{kind.__module__}.{kind.__qualname__}")
         if code is not None:
             return Failure(str(error), code)
+    if library := _cut_off(error):
+        return Failure(_to_remove(library), USAGE)
     match error:
         case ModuleNotFoundError(name=str(name)) if not name.startswith("difftrain"):
             return Failure(_absent(name.partition(".")[0]), ABSENT)
@@ -64,6 +69,28 @@ def failure(error: Exception) -> Failure:
         "difftrain itself failed, which is our fault: please report it with the spec; "
         "DIFFTRAIN_TRACEBACK=1 shows where",
         BUG,
+    )
+
+
+# What loaders say of a library that ends too early.
+CUT_OFF = re.compile(r"(/.+\.so): (file too short|cannot read file data|invalid ELF header)")
+
+
+def _cut_off(error: BaseException | None) -> Path | None:
+    """The library in torch's cache that could not be loaded for an error. The cache holds one in a
+    folder called like the second and third letter of its name."""
+    while error is not None:
+        found = CUT_OFF.search(str(error)) if isinstance(error, OSError | ImportError) else None
+        if found and (file := Path(found[1])).parent.name == file.name[1:3]:
+            return file
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _to_remove(library: Path) -> str:
+    return (
+        f"the compiled library `{library}` is cut off, as a killed run leaves it: remove the folder"
+        f" `{library.parents[1]}`, which is filled anew, and try again"
     )
 
 
