@@ -8,12 +8,14 @@ from difftrain.language.finding import Finding
 from difftrain.language.rules import FILE_RULES, LAST, RULES
 from difftrain.language.rules.case import Case
 from difftrain.language.rules.run import need
+from difftrain.language.scope import REMARKS
 from difftrain.language.spec import Spec, read_source
 from difftrain.language.tree import Source
 
 SYNTAX = "DIF1"  # codes below this one are about syntax
 IMPORTS = ("DIF104", "DIF107")
 UNKNOWN = ("DIF119", "DIF120")
+REMARK = "DIF118"
 
 
 def check(source: Source, settings: Mapping | None = None) -> tuple[Spec, list[Finding]]:
@@ -40,9 +42,13 @@ def check(source: Source, settings: Mapping | None = None) -> tuple[Spec, list[F
 
 
 def _causes(found: list[Finding]) -> list[Finding]:
-    """The findings without those about names that a failed import would have brought."""
+    """The findings without those about names that a failed import would have brought, or that are
+    told where they are given."""
     failed = {f.at.span.text.split()[-1].split(".")[-1] for f in found if f.code in IMPORTS}
-    return [f for f in found if f.code not in UNKNOWN or _space(f) not in failed]
+    told = {f.at.span.text for f in found if f.code == REMARK} & set(REMARKS)
+    unknown = [f for f in found if f.code in UNKNOWN]
+    lost = [f for f in unknown if _space(f) in failed or f.at.span.text.split(".")[-1] in told]
+    return [f for f in found if f not in lost]
 
 
 def _space(finding: Finding) -> str | None:

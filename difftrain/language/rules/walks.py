@@ -288,10 +288,11 @@ def _no_names(definition: Definition, node: Define) -> Iterator[Finding]:
     kind = "option" if node.name in OPTIONS else "quantity"
     known = list(formals(definition))
     if not isinstance(node.value, ListOf):
-        hint = f"write `{node.name} = [{node.value.span.text}]`"
-        if definition.kind not in PART_KINDS and node.value.span.text not in known:  # a quantity
-            hint = f"give the quantity another name: `{node.name}` lists options that count"
-        yield not_a("list", node.value, hint)
+        text = node.value.span.text
+        if definition.kind not in PART_KINDS and text not in known:
+            yield _quantity(node)
+        else:
+            yield not_a("list", node.value, f"write `{node.name} = [{text}]`")
         return
     for item in node.value.items:
         if not isinstance(item, Name):
@@ -300,3 +301,9 @@ def _no_names(definition: Definition, node: Define) -> Iterator[Finding]:
             close = nearest(item.dotted, known)
             hint = f"write `{close}`" if close else listed(known)
             yield not_a(f"option of `{definition.name}`", item, hint)
+
+
+def _quantity(node: Define) -> Finding:
+    """A quantity that is called like the list of what counts."""
+    text = f"`{node.name}` lists options that count, and `{node.value.span.text}` is no list"
+    return Finding("DIF118", text, Label(node.head), help="give the quantity another name")
