@@ -20,6 +20,7 @@ from difftrain.language.names import TARGETS, Definition, Names, standard
 from difftrain.language.operations import LAWS, OPERATIONS
 from difftrain.language.render import render
 from difftrain.language.scope import REMARKS, lineage
+from difftrain.language.scope import formals as declared
 from difftrain.language.tree import Block, Define, Draw, Source
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,22 @@ def test_examples_are_clean(text):
 @pytest.mark.parametrize("text", [t for n in PAGES for t in blocks(n, "diff", "") if whole(t)])
 def test_examples_are_in_the_one_layout(text):
     assert format_text(Source("example.diff", text)) == text
+
+
+def counting(names: Names) -> Iterator[tuple[str, bool]]:
+    """The parameters of every block, and whether it says that they count something."""
+    for definition in names.own.values():
+        if isinstance(definition.node, Block):
+            yield from ((name, formal.whole) for name, (formal, _) in declared(definition).items())
+
+
+def test_examples_count_what_the_library_counts():
+    library = (*standard(), *imported().values())
+    known = {name for names in library for name, whole in counting(names) if whole}
+    recipes = [path.read_text() for path in (ROOT / "specs/recipes").glob("*.diff")]
+    for text in (*specs(), *recipes):
+        names = check(Source("a.diff", text))[0].names
+        assert not [n for n, whole in counting(names) if n in known and not whole], text
 
 
 SPEC = """diff 1
