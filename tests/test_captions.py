@@ -10,11 +10,13 @@ import torch
 from methods.library import METHODS, spec
 
 from difftrain.cli import main
-from difftrain.training import ahead, captions
+from difftrain.training import ahead, captions, evaluate
 from difftrain.training.batches import Batches
 from difftrain.training.bundle import compile_spec
 from difftrain.training.captions import frozen, states
 from difftrain.training.latents import prepare
+from difftrain.training.parts import visiting
+from difftrain.training.run import grid
 from difftrain.training.session import open_session
 from difftrain.training.sources import DataError, open_source
 from difftrain.training.stepper import feeding
@@ -250,3 +252,66 @@ def test_a_frozen_encoder_out_of_a_checkpoint_is_the_one_that_is_read(photos):
     assert torch.equal(first.prepared.states.table, resumed.prepared.states.table)
     other = begun("ddpm", "other", train="seed = 5")
     assert not torch.equal(first.prepared.states.table, other.prepared.states.table)
+
+
+# ---- what no step needs
+
+
+class Resident(torch.nn.Linear):
+    """A module that notes where it is asked to be."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.asked = []
+
+    def to(self, device):
+        self.asked.append(str(device))
+        return super().to(device)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_an_encoder_that_no_step_calls_leaves(photos, monkeypatch, ahead):
+    monkeypatch.setattr(captions, "memory", lambda: 2**40 * ahead)
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, where: asked.append(module) or module)
+    session = begun("dream", "run")
+    parts = session.parts
+    assert [asked.count(parts.text), asked.count(parts.codec) > 1] == [1 + ahead, True]
+    asked.clear()
+    grid(session, 1)
+    assert asked == [parts.text] * 2 + [parts.codec] * 2  # there and back
+
+
+def test_who_visits_goes_home_whatever_happens():
+    module = Resident()
+    with pytest.raises(ZeroDivisionError), visiting(module, "cpu:0"):
+        raise ZeroDivisionError
+    assert module.asked == ["cpu:0", "cpu"]
+    with visiting(torch.nn.Identity(), "cpu"):  # which has no home
+        pass
+
+
+def drawn(session) -> torch.Tensor:
+    """Pictures of the run as it is."""
+    made = session.bundle, session.programs, session.parts, session.state["average"], 1
+    return evaluate.sample(evaluate.Model(*made), session.sample, ["picture a", "picture b"], 64)
+
+
+def places(session) -> set[str]:
+    """The kinds of devices that hold what may wait."""
+    parts = session.parts
+    waiting = (*parts.text.parameters(), *parts.codec.parameters(), *parts.kept.values())
+    return {tensor.device.type for tensor in waiting}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_waits_beside_it_draws_the_same(photos):
+    session = begun("dream", "run")
+    stepped(session)
+    assert places(session) == {"cpu"}
+    waiting = drawn(session)
+    assert places(session) == {"cpu"}
+    for module in (session.parts.text, session.parts.codec):
+        module.to("cuda")
+    assert torch.equal(drawn(session), waiting)
+    assert places(session) == {"cuda"}

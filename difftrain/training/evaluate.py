@@ -21,7 +21,7 @@ from difftrain.sampling.walks import Walk, walk
 from difftrain.training.bundle import Bundle
 from difftrain.training.latents import Prepared, signed
 from difftrain.training.own import importable
-from difftrain.training.parts import Parts
+from difftrain.training.parts import Parts, visiting
 from difftrain.training.state import AVERAGE
 
 ROUNDS = 8  # times and noises each held-out picture is seen at
@@ -99,7 +99,8 @@ def batches(
         with exact():
             asked = sampler(model, options, index, texts, guide)
             x = go(asked, solvers.start(asked, like, grid, draws), grid, draws)
-            drawn = parts.codec.decode(x).cpu()
+            with visiting(parts.codec, device):
+                drawn = parts.codec.decode(x).cpu()
         yield drawn
 
 
@@ -152,10 +153,14 @@ def conditions(
     parts: Parts, nets: Mapping, prompts: list[str]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The conditions of prompts [B, ...] and the empty one; None and None without an encoder."""
-    if parts.text is None:
-        return None, None
+    return (None, None) if parts.text is None else _read(parts, nets, parts.text.ids(prompts))
+
+
+def _read(parts: Parts, nets: Mapping, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The conditions of ids [B, T], and the empty one; the encoder may wait elsewhere."""
     device = parts.weights.device
-    return nets["text"](parts.text.ids(prompts).to(device)), nets["text"](parts.null_ids(device))
+    with visiting(parts.text, device):
+        return nets["text"](ids.to(device)), nets["text"](parts.null_ids(device))
 
 
 # ---- losses
@@ -193,11 +198,10 @@ def validate(
     inputs = {"x0": unseen.latents.to(device)}
     if unseen.images is not None:
         inputs["image"] = signed(unseen.images.to(device))
-    cond = None
+    cond = null = None
     if unseen.tokens is not None:
         captions = [record.caption for record in unseen.pictures.records]
-        cond = nets["text"](unseen.tokens(captions).to(device))
-    null = None if cond is None else nets["text"](parts.null_ids(device))
+        cond, null = _read(parts, nets, unseen.tokens(captions))
     other = None if cond is None else cond.roll(len(cond) // 2 or 1, 0)
 
     def loss(network: Callable, cond: Tensor | None) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -210,7 +211,19 @@ def _kept(declared, text: nn.Module) -> dict[str, Tensor]:
         if not part.options.get("weights")
     )
     frozen = {n: p for n, p in text.named_parameters() if not p.requires_grad}
-    return {f"text.{n}": p.data for n, p in frozen.items() if n.startswith(homeless)}
+    return {f"text.{n}": p for n, p in frozen.items() if n.startswith(homeless)}
+
+
+@contextmanager
+def visiting(module: nn.Module, device) -> Iterator[None]:
+    """Inside, a module is on a device; afterwards it is where it was."""
+    tensors = chain(module.parameters(), module.buffers())
+    home = next((tensor.device for tensor in tensors), device)
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
 
 
 # ---- data
@@ -268,13 +281,20 @@ def encoded(
     ahead: torch.dtype | None = None,
 ) -> Prepared:
     """The data set as latents and token ids, and as pictures where the step reads them. With the
-    type `ahead` also the states of its text in that, if the encoder is frozen and memory allows."""
+    type `ahead` also the states of its text in that, if the encoder is frozen and memory allows.
+
+    What no step needs any more, the codec and such an encoder, waits on the CPU."""
     if images and isinstance(found, Arrays):
         raise DataError(f"the objective reads `image`, and `{found.name}` holds no pictures")
     tokens = None if parts.text is None else (lambda texts, length: parts.text.ids(texts))
     where = {"cache": cache, "device": device, "say": say}
     with torch.no_grad(), exact():
-        prepared = prepare(found, parts.codec, tokens, size, images=images, **where)
+        with visiting(parts.codec, device):
+            prepared = prepare(found, parts.codec, tokens, size, images=images, **where)
+        parts.codec.to("cpu")
         if ahead is None or not frozen(parts.text):
             return prepared
-        return replace(prepared, states=states(parts.text, found.texts, ahead, **where))
+        made = states(parts.text, found.texts, ahead, **where)
+    if made is not None:
+        parts.text.to("cpu")
+    return replace(prepared, states=made)

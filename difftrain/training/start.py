@@ -19,7 +19,7 @@ from difftrain.training import state
 from difftrain.training.folder import checkpoint_at
 from difftrain.training.known import Known, told
 from difftrain.training.latents import Prepared, Say
-from difftrain.training.parts import Parts
+from difftrain.training.parts import Parts, visiting
 from difftrain.training.state import CheckpointError
 
 
@@ -117,7 +117,8 @@ def try_out(objective: Objective, parts: Parts, prepared: Prepared, index: bool)
     cond = None
     if prepared.tokens is not None:
         texts = [record.caption for record in prepared.pictures.records[:2]]
-        cond = parts.text(prepared.tokens(texts).to(device))
+        with visiting(parts.text, device):
+            cond = parts.text(prepared.tokens(texts).to(device))
     extra = _extra(objective.backbone.interface, x, t)
     _answered(part, parts.modules["student"], x, t, cond, extra)
 
