@@ -67,7 +67,15 @@ def build(part: Part | tuple[Part, ...], **context):
     make = builder(part)
     options = _taken(part, signature(make).parameters, context)
     made = {k: build(v) if _declares(v) else v for k, v in options.items()}
-    return make(**made) if part.module in PLACES else called(make, part.module, made)
+    network = make(**made) if part.module in PLACES else called(make, part.module, made)
+    return _still(network) if context.get("forward_mode") else network
+
+
+def _still(network):
+    """The network that will be differentiated forward, where its weights stand still."""
+    from difftrain.models.still import stand
+
+    return stand(network)
 
 
 def _taken(part: Part, known: Mapping[str, Parameter], context: Mapping) -> dict:

@@ -27,16 +27,17 @@ def norm(kind: str, width: int) -> nn.Module:
     return RmsNorm(width, eps=EPS) if rms else nn.LayerNorm(width, EPS, elementwise_affine=False)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, fused: bool, math: bool = False) -> Tensor:
     """softmax(q k / sqrt(d)) v for q [B, H, T, d] and k, v [B, H, S, d]: [B, T, H * d].
 
     torch's fused kernels are fast and have no forward-mode derivative. What is not to be `fused`
-    has one: through our own kernel where `plain_because` says nothing against it.
+    has one: through our own kernel where `plain_because` says nothing against it. With `math` it
+    is matrix products everywhere.
     """
-    if fused:
-        mixed = F.scaled_dot_product_attention(q, k, v)
+    if math or not fused and plain_because(q, v):
+        mixed = plain(q, k, v)
     else:
-        mixed = (plain if plain_because(q, v) else carried)(q, k, v)
+        mixed = (F.scaled_dot_product_attention if fused else carried)(q, k, v)
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -55,11 +56,12 @@ def turn(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Tokens [B, T, width] that look at each other; q, k and v come of one matrix product."""
+    """Tokens [B, T, width] that look at each other in a `way` of `attend`; q, k and v come of one
+    matrix product."""
 
-    def __init__(self, width: int, heads: int, *, qk_norm: str = "", fused: bool = True):
+    def __init__(self, width: int, heads: int, *, qk_norm: str = "", **way: bool):
         super().__init__()
-        self.heads, self.fused = heads, fused
+        self.heads, self.way = heads, way
         self.qkv = Linear(width, 3 * width)
         self.q_norm, self.k_norm = (_head_norm(qk_norm, width // heads) for _ in "qk")
         self.proj = Linear(width, width)
@@ -70,7 +72,7 @@ class SelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = turn(q, rotation), turn(k, rotation)
-        return self.proj_drop(self.proj(attend(q, k, v, self.fused)))
+        return self.proj_drop(self.proj(attend(q, k, v, **self.way)))
 
 
 def _head_norm(kind: str, width: int) -> nn.Module:
@@ -86,9 +88,9 @@ def _head_norm(kind: str, width: int) -> nn.Module:
 class CrossAttention(nn.Module):
     """Tokens [B, T, width] that look at text [B, S, width] (arXiv:2310.00426)."""
 
-    def __init__(self, width: int, heads: int, *, fused: bool = True):
+    def __init__(self, width: int, heads: int, **way: bool):
         super().__init__()
-        self.heads, self.fused = heads, fused
+        self.heads, self.way = heads, way
         self.q, self.kv = Linear(width, width), Linear(width, 2 * width)
         self.proj = Linear(width, width)
         self.proj_drop = nn.Dropout()
@@ -96,7 +98,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(text).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj_drop(self.proj(attend(q, k, v, self.fused)))
+        return self.proj_drop(self.proj(attend(q, k, v, **self.way)))
 
 
 class Gelu(nn.Module):

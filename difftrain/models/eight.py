@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch.utils import enable_single_level_autograd_function
 
+from difftrain.models import still
 from difftrain.models.errors import PartError
 
 EIGHT = torch.float8_e4m3fn
@@ -21,7 +22,7 @@ BYTES = 16  # what addresses are a multiple of, for the kernels; ours are, other
 SIDES = 16  # both sides of a weight are a multiple of it: what the kernels take
 
 
-class Linear(nn.Linear):
+class Linear(still.Linear):
     """A linear layer; with `eight`, weights in bf16 are multiplied in eight bits. Other weights,
     such as averages in fp32, are multiplied as ever."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftrain.models.errors import PartError
+from difftrain.models.still import moved
 
 FREQUENCIES, PERIOD = 256, 10_000  # arXiv:2212.09748, as its code has them
 
@@ -40,7 +41,8 @@ class Patches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         p, (h, w) = self.patch, self.grid(*x.shape[2:])
         cut = x.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(cut.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+        flat, weight = cut.flatten(3).flatten(1, 2), self.proj.weight.flatten(1)
+        return moved(F.linear, flat, weight, self.proj.bias)
 
 
 def picture(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

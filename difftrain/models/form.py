@@ -46,9 +46,11 @@ class Form:
         return (*self.times[1:], *(name for name in self.inputs if name != "guess"))
 
     @property
-    def fused(self) -> bool:
-        """Whether attention is a fused kernel, which has no forward-mode derivative."""
-        return self.attention == "fused" or self.attention == "auto" and not self.forward_mode
+    def way(self) -> dict[str, bool]:
+        """How to `attend`: by a fused kernel, which has no forward-mode derivative, by matrix
+        products alone, or by what is the fastest that has one."""
+        fused = self.attention == "fused" or self.attention == "auto" and not self.forward_mode
+        return {"fused": fused, "math": self.attention == "math"}
 
     @property
     def taken(self) -> int:

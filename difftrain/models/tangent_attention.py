@@ -15,7 +15,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-LEVEL = 0  # torch has one; when it is left to look it up, torch.compile remembers there was none
+from difftrain.models.still import LEVEL
+
 WIDEST = 128  # numbers of a head, what the kernel keeps in registers
 SPACE, NAME = "difftrain", "attention_tangent"  # of the operator
 

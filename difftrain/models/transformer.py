@@ -39,10 +39,10 @@ class Block(nn.Module):
         width, heads = form.width, form.heads
         self.norm1 = norm(form.norm, width)
         qk_norm = form.norm if form.qk_norm else ""
-        self.attn = SelfAttention(width, heads, qk_norm=qk_norm, fused=form.fused)
+        self.attn = SelfAttention(width, heads, qk_norm=qk_norm, **form.way)
         if form.states:
             self.norm_cross = norm(form.norm, width)
-            self.cross = CrossAttention(width, heads, fused=form.fused)
+            self.cross = CrossAttention(width, heads, **form.way)
         self.norm2 = norm(form.norm, width)
         self.mlp = MLPS[form.mlp](width, 4 * width)
         self.adaLN_modulation = _modulation(width, 6)
