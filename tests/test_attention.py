@@ -8,10 +8,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from counting import Counting
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from difftrain.compiler import lowering
-from difftrain.models.attention import attend, plain
+from difftrain.models.attention import SelfAttention, attend, plain
+from difftrain.models.form import Form
 from difftrain.models.tangent_attention import (
     carried,
     from_logsumexp,
@@ -148,6 +151,33 @@ def test_on_the_cpu_attention_is_matrix_products():
     q, k, v, *_ = drawn(16, 16, 8)
     assert plain_because(q, v) == "the kernel needs a CUDA GPU"
     assert torch.equal(attend(q, k, v, fused=False), plain(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("forward_mode", [True, False], ids=["forward", "never"])
+def test_math_is_matrix_products_on_a_gpu_too(forward_mode):
+    with FakeTensorMode():  # as a GPU would be asked
+        assert looked("math", forward_mode) == {"aten.bmm.default"}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_network_that_may_choose_is_carried():
+    assert "difftrain.attention_tangent.default" in looked("auto", True)
+    assert looked("math", True) == {"aten.bmm.default"}
+
+
+def looked(attention, forward_mode):
+    """What attention is computed by where tokens are shown to it, and moved if they may be."""
+    there = {"device": "cuda", "dtype": torch.bfloat16}
+    layer = SelfAttention(32, 2, **Form(attention=attention, forward_mode=forward_mode).way)
+    weights = {n: torch.empty(p.shape, **there) for n, p in layer.named_parameters()}
+
+    def function(x):
+        return torch.func.functional_call(layer, weights, (x,))
+
+    x = torch.empty(2, 16, 32, **there)
+    with Counting() as counting:
+        torch.func.jvp(function, (x,), (x,)) if forward_mode else function(x)
+    return {name for name in counting.found if "bmm" in name or "attention" in name}
 
 
 @pytest.mark.gpu

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import Counting
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from difftrain.models import still
 from difftrain.training.batches import Batches
@@ -134,18 +134,6 @@ def test_other_layers_stay_what_they_are():
 
 
 # ---- what a step computes
-
-
-class Counting(TorchDispatchMode):
-    """Counts products while it is entered."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found[str(function)] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def products(found: Counter) -> int:
