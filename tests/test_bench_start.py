@@ -1,6 +1,8 @@
 """The benchmark of starts: what is read of what a process wrote, and the line of the table."""
 
 import io
+import os
+import sys
 from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
@@ -67,3 +69,32 @@ def test_a_line_of_the_table_has_the_medians(tool, tmp_path, monkeypatch):
     cells = "40.0 | 3.0 | 2.0 | 3.5 | 5.0 | 6.0 | 2.5 | 11.0"
     assert line == f"| waves | {cells} | {said} |"
     assert line.count("|") == len(tool.COLUMNS) + 1
+
+
+# ---- what a process is started in
+
+
+def test_a_process_finds_what_lies_on_the_path_and_no_checkout(tool, tmp_path, monkeypatch):
+    packages = tmp_path / "packages"
+    (packages / "lark").mkdir(parents=True)
+    checkout = Path(__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["packages", "", str(checkout)]))
+    started = tool.caching(tmp_path / "cache")
+    assert started["PYTHONPATH"] == str(packages)
+    assert tool.caching(tmp_path, checkout)["PYTHONPATH"] == f"{checkout}{os.pathsep}{packages}"
+    assert started["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
+    assert {**os.environ, **started} == started
+    monkeypatch.delenv("PYTHONPATH")
+    assert tool.caching(tmp_path)["PYTHONPATH"] == ""
+
+
+def test_bytecode_is_kept_where_torch_has_none(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "empty"))
+    assert tool.bytecode(tmp_path) == {
+        "PYTHONPYCACHEPREFIX": str(tmp_path),
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
+    assert capsys.readouterr().err == (
+        "torch has no bytecode here, so it is kept for these processes\n"
+    )

@@ -1,6 +1,9 @@
 """Compiled steps: what they are good for, the executable that holds them, where they come from."""
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -82,12 +85,29 @@ def _args() -> tuple:
     return state, {"x0": torch.ones(2, 3)}, modules, plan, {}
 
 
-def test_a_step_comes_back_as_it_was(shelf, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A step as it was compiled, the file that it is kept in, and the cache beside it."""
+    folder = tmp_path_factory.mktemp("made")
+    kept_in = Shelf(pack({"spec.diff": "diff 1\n"}, folder / "file"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "cache"))
+        yield Keeping(kept_in, store=True).compiled(*called("cpu")), kept_in, folder / "cache"
+
+
+def called(device: str) -> tuple:
+    """What a step on a device is compiled with, as `Keeping.compiled` takes it."""
+    state, batch, modules, plan, tables = _args()
+    moved = {name: value.to(device) for name, value in state.items()}
+    args = (moved, {"x0": batch["x0"].to(device)}, modules, plan, tables)
+    return Step(gradient, update), args, FACTS, False
+
+
+def test_a_step_comes_back_as_it_was(made):
+    compiled, shelf, _ = made
     step, wanted = Step(gradient, update), _args()
     logged = step(*wanted)
-    made = Keeping(shelf, store=True).compiled(step, _args(), FACTS, False)
-    assert made(*_args())["norm"].allclose(logged["norm"]) and logged["norm"] > 0
+    assert compiled(*_args())["norm"].allclose(logged["norm"]) and logged["norm"] > 0
     args, threads = _args(), torch.get_num_threads()
     torch.set_num_threads(threads + 1)  # a step of a GPU is for any number of them
     try:
@@ -97,6 +117,71 @@ def test_a_step_comes_back_as_it_was(shelf, tmp_path, monkeypatch):
         torch.set_num_threads(threads)
     assert args[0]["sum"].allclose(wanted[0]["sum"])
     assert [page["device"] for page in shelf.pages()] == ["a GPU"]
+
+
+# ---- in another process
+
+HERE = Path(__file__).parent
+COMPILE = """
+import sys
+from test_kept import *
+Keeping(Shelf(Path(sys.argv[1])), store=True).compiled(*called(sys.argv[2]))
+"""
+READ = """
+import sys
+from test_kept import *
+kept.load(torch.device(sys.argv[2]))
+loaded = set(sys.modules)
+step = Keeping(Shelf(Path(sys.argv[1]))).compiled(*called(sys.argv[2]))
+print(*(n for n in set(sys.modules) - loaded if n.startswith(("torch._dynamo", "sympy"))))
+print(torch._inductor.async_compile.AsyncCompile.process_pool.cache_info().currsize)
+print(step(*called(sys.argv[2])[1])["norm"].item())
+"""
+PTX = b".visible " + b".entry"  # what Triton makes binaries of; not written here as it is there
+
+
+def process(code: str, shelf: Shelf, device: str, cache: Path) -> list[str]:
+    """The lines of a new process that runs this code, its caches being in a folder."""
+    where = {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    where |= {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", code, str(shelf.path), device]
+    done = subprocess.run(command, env=os.environ | where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_once_the_compiler_is_loaded_reading_a_step_loads_no_more_of_it(made):
+    compiled, shelf, cache = made
+    more, workers, norm = process(READ, shelf, "cpu", cache)
+    assert (more, workers) == ("", "0")
+    assert float(norm) == pytest.approx(compiled(*_args())["norm"].item())
+
+
+@pytest.mark.gpu
+def test_a_step_of_a_gpu_is_kept_as_binaries_and_read_without_workers(shelf, tmp_path):
+    process(COMPILE, shelf, "cuda", tmp_path / "first")
+    assert PTX not in shelf.take(FACTS) and b".cubin" in shelf.take(FACTS)
+    more, workers, norm = process(READ, shelf, "cuda", tmp_path / "second")
+    assert (more, workers) == ("", "0")
+    assert float(norm) == pytest.approx(Step(gradient, update)(*_args())["norm"].item(), rel=1e-3)
+
+
+def test_what_a_gpu_fails_at_while_the_compiler_is_loaded_is_raised():
+    with pytest.raises(Exception, match="CUDA|NVIDIA"):
+        kept.load(torch.device("cuda:99"))
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_what_triton_keeps_is_as_it_was(monkeypatch, before):
+    monkeypatch.delenv(kept.BINARIES, raising=False)
+    if before is not None:
+        monkeypatch.setenv(kept.BINARIES, before)
+    with kept._binaries():
+        assert os.environ[kept.BINARIES] == "1"
+    assert os.environ.get(kept.BINARIES) == before
+
+
+# ---- what is said of it
 
 
 def test_where_a_step_came_from_is_said(shelf, monkeypatch):

@@ -5,10 +5,13 @@
 
 Each spec is compiled with a cache directory of its own, which is then removed; the executable runs
 in new processes, each of which begins with an empty one and is stopped after its first step; of
-several the median counts. `stands` is from the start of that process until its data and its model
-are there, `first step` from there until the GPU has done it, `reading` what of it passes before the
-step is called: loading torch's compiler, and reading the kept step. Processes of their own take the
-time of `imports`, of torch and of the executable's training, and of the `compiler`'s beside them.
+several the median counts. `stands` is from the start of that process until torch's compiler, its
+data and its model are there, `first step` from there until the GPU has done it, `reading` what of
+it passes before the step is called: reading the kept step. Processes of their own take the time of
+`imports`, of torch and of the executable's training, and of the `compiler`'s beside them.
+
+Where Python may not keep the bytecode of an installed torch, or none was kept, every process would
+compile torch's sources: then the processes share a folder for it, which the first of them fills.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -62,9 +66,11 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=550, help="seconds for each command")
     args = parser.parse_args()
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    for spec in args.specs:
-        with TemporaryDirectory() as folder:
-            print(line(spec.resolve(), Path(folder), args), flush=True)
+    with TemporaryDirectory() as kept:
+        os.environ |= bytecode(Path(kept))
+        for spec in args.specs:
+            with TemporaryDirectory() as folder:
+                print(line(spec.resolve(), Path(folder), args), flush=True)
 
 
 def line(spec: Path, folder: Path, args: argparse.Namespace) -> str:
@@ -88,7 +94,7 @@ def compiled(spec: Path, out: Path, target: str, changes: Sequence[str], limit: 
     cache = out.with_suffix(".cache")
     command = [sys.executable, "-m", "difftrain", "compile", str(spec), "-o", str(out)]
     command += ["--target", target, *(word for change in changes for word in ("--set", change))]
-    surroundings = {**caching(cache), "PYTHONPATH": str(HERE.parent)}
+    surroundings = caching(cache, HERE.parent)
     began = time.perf_counter()
     subprocess.run(
         command, cwd=out.parent, env=surroundings, timeout=limit, check=True, stdout=sys.stderr
@@ -140,14 +146,26 @@ def _note(start: Start, said: str, passed: float) -> None:
         start.reading = float(found.group(1)) if found else 0.0
 
 
-def caching(folder: Path) -> Mapping[str, str]:
-    """An environment whose compile caches lie in a folder; PYTHONPATH names no checkout."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def caching(folder: Path, *checkout: Path) -> Mapping[str, str]:
+    """An environment whose compile caches lie in a folder. PYTHONPATH names this `checkout` and no
+    other, beside what else it names."""
+    entries = [os.path.abspath(e) for e in os.environ.get("PYTHONPATH", "").split(os.pathsep) if e]
+    elsewhere = [entry for entry in entries if not Path(entry, "difftrain").is_dir()]
     return {
-        **kept,
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, checkout), *elsewhere]),
         "TORCHINDUCTOR_CACHE_DIR": str(folder),
         "TRITON_CACHE_DIR": str(folder / "triton"),
     }
+
+
+def bytecode(folder: Path) -> Mapping[str, str]:
+    """What makes Python keep bytecode in a folder, where none of torch's compiler is kept."""
+    home = Path(find_spec("torch").origin).parent
+    if Path(cache_from_source(str(home / "_inductor" / "compile_fx.py"))).exists():
+        return {}
+    print("torch has no bytecode here, so it is kept for these processes", file=sys.stderr)
+    return {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
 
 
 if __name__ == "__main__":

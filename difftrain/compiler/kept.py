@@ -8,9 +8,13 @@ unchanged.
 from __future__ import annotations
 
 import io
+import os
 import platform
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,11 +22,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
+from difftrain.compiler import random
 from difftrain.compiler.executable import FIXED_TIME
 from difftrain.compiler.lowering import compiler
 from difftrain.compiler.whole import Step
 
 FUNCTIONS = ("gradient", "update")
+COMPILER = ("torch._dynamo.aot_compile", "torch._inductor.compile_fx")  # what reading imports
+BINARIES = "TRITON_STORE_BINARY_ONLY"  # and none of the texts that a kernel goes through
 Facts = dict[str, object]  # what a compiled step is only good for
 
 
@@ -48,14 +55,44 @@ def _triton() -> str:
         return "none"
 
 
+def load(device: torch.device) -> None:
+    """Imports torch's compiler, compiling a step and reading one need it; meanwhile a GPU is woken,
+    as neither waits for the other."""
+    with ThreadPoolExecutor(1) as beside:
+        woken = beside.submit(_wake, device)
+        for name in COMPILER:
+            import_module(name)
+        woken.result()
+
+
+def _wake(device: torch.device) -> None:
+    """Does on a device what its first product and its first draw wait for: a context, libraries,
+    the kernel of draws."""
+    index, one = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(8, 8, device=device)
+    random.bits("wake", index[0], index[0], index, 4)
+    torch.mm(one, one)
+
+
 def compiled(step: Step, args: tuple, forward: bool = False) -> Step:
     """The step compiled for arguments like these, and for no others: it looks at none again."""
     state, plan = args[0], args[3]
     parts = tuple(map(torch.empty_like, plan.buffers(state)))
     calls = ((step.gradient, (plan.read(state), *args)), (step.update, (state, parts)))
     through = compiler(forward, guard_filter_fn=lambda guards: [False] * len(guards))
-    with torch._dynamo.config.patch(enable_aot_compile=True):
+    with torch._dynamo.config.patch(enable_aot_compile=True), _binaries():
         return Step(*(through(function).aot_compile((given, {})) for function, given in calls))
+
+
+@contextmanager
+def _binaries() -> Iterator[None]:
+    """In it, Triton keeps of each kernel only what runs it."""
+    before = os.environ.get(BINARIES)
+    os.environ[BINARIES] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(BINARIES)
+        os.environ |= {BINARIES: before} if before is not None else {}
 
 
 def take(step: Step, outside: Mapping[str, object]) -> bytes:
@@ -79,9 +116,9 @@ def _taken(function: Callable, outside: Mapping[str, object]) -> bytes:
         return path.read_bytes()
 
 
-def give(data: bytes, step: Step, outside: Mapping[str, object]) -> Step:
+def give(data: bytes, step: Step, outside: Mapping[str, object], device: torch.device) -> Step:
     """The step that was taken, with the like of what was outside it then."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, _alone(device):
         return Step(*(_given(archive.read(n), getattr(step, n), outside) for n in FUNCTIONS))
 
 
@@ -89,6 +126,15 @@ def _given(data: bytes, function: Callable, outside: Mapping[str, object]) -> Ca
     return torch.compiler.load_compiled_function(
         io.BytesIO(data), f_globals=function.__globals__, external_data=dict(outside)
     )
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
+    """In it, torch starts no processes that would compile a GPU's kernels, which are there; those
+    of a CPU are compiled again, by as many compilers at a time as there are threads."""
+    changed = {"compile_threads": 1} if device.type == "cuda" else {}
+    with torch._inductor.config.patch(changed):
+        yield
 
 
 def outside(modules: Mapping[str, nn.Module], plan: object) -> dict[str, object]:

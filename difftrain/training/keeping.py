@@ -35,7 +35,8 @@ class Keeping:
         """The step for arguments like these: as it is kept, or to be compiled as one that
         differentiates the network `forward` or not."""
         if self.has(facts):
-            return kept.give(self.shelf.take(facts), step, kept.outside(*args[2:4]))
+            data, device = self.shelf.take(facts), args[0]["weights"].device
+            return kept.give(data, step, kept.outside(*args[2:4]), device)
         if self.shelf is None or not self.store:
             return lowering.compiled(step, forward)
         made = kept.compiled(step, args, forward)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from difftrain.compiler import lowering, texts
+from difftrain.compiler import kept, lowering, texts
 from difftrain.language.options import Run
 from difftrain.language.spec import Objective
 from difftrain.training import averages, evaluate, samples, state
@@ -92,6 +92,8 @@ def open_session(
     seen = opened(options["data"], "train", condition, data)
     unseen = held_out(options["data"], condition, data)
     known = _known(bundle, objective, train, checkpoint, seen, unseen)
+    if lowering.choose(train["compile"], device.type, 0, None).compiled:
+        kept.load(device)
     parts = _parts(objective, known, options, device)
     begin(objective, parts, train, bool(checkpoint), say)
     prepare = _preparing(objective, parts, options["data"], folder, device)
