@@ -235,8 +235,10 @@ def test_graph(home, capsys):
     before, after = (run(capsys, "graph", f"--{side}", "widen")[1] for side in ("before", "after"))
     assert "widen" not in before and "widen" in after
     assert "-> xt = %" in run(capsys, "graph", "--quantity", "xt")[1]
-    code, _, err = run(capsys, "graph", "--quantity", "zzz")
-    assert code == 1 and "`zzz`" in err
+    told = "error: there is no quantity `los`: did you mean `loss`?\n"
+    assert run(capsys, "graph", "--quantity", "los") == (2, "", told)
+    told = "error: there is no quantity `zzz@0`: `difftrain explain` shows them\n"
+    assert run(capsys, "graph", "--quantity", "zzz@0") == (2, "", told)
 
 
 def test_diff(home, capsys):

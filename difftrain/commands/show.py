@@ -10,6 +10,7 @@ from difftrain.commands.failure import CLEAN, FINDINGS, USAGE, Failure
 from difftrain.commands.paths import one_spec, read, settings, specs
 from difftrain.language.explain import explain as explain_spec
 from difftrain.language.nearest import nearest
+from difftrain.language.scope import GIVEN
 from difftrain.language.spec import Spec
 
 
@@ -67,12 +68,14 @@ def graph(args: Namespace) -> int:
     for name in filter(None, (args.before, args.after)):
         _known_pass(name, [p.__name__ for p in PASSES])
     spec = read(one_spec(args.spec), settings(args.settings))
+    objective = spec.objective(args.objective)
+    _known_quantity(args.quantity, [*objective.equations.versions, *GIVEN])
     seen = {}
 
     def watch(title: str, before, after) -> None:
         seen["before", title], seen["after", title] = before, after
 
-    last = run(build(spec.objective(args.objective), (args.quantity,)), watch)
+    last = run(build(objective, (args.quantity,)), watch)
     wanted = [("before", args.before), ("after", args.after)]
     chosen = [seen[side, name] for side, name in wanted if name] or [last]
     print("\n\n".join(map(str, chosen)))
@@ -85,6 +88,15 @@ def _known_pass(name: str, known: list[str]) -> None:
         listed = ", ".join(f"`{n}`" for n in known)
         hint = f"did you mean `{close}`?" if close else f"there are {listed}"
         raise Failure(f"there is no pass `{name}`: {hint}", USAGE)
+
+
+def _known_quantity(name: str, known: list[str]) -> None:
+    """Refuses a quantity that the objective has not; one of a block is `block.name`."""
+    first = name.partition("@")[0]
+    if first not in known and "." not in first:
+        close = nearest(first, known)
+        hint = f"did you mean `{close}`?" if close else "`difftrain explain` shows them"
+        raise Failure(f"there is no quantity `{name}`: {hint}", USAGE)
 
 
 def diff(args: Namespace) -> int:
