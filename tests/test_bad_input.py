@@ -4,13 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import tiny
+import torch
 
 import difftrain
 from difftrain.cli import main
+from difftrain.training import state
 from difftrain.training.bundle import compile_spec
 
 ROOT = Path(__file__).parent.parent
@@ -241,6 +245,31 @@ def test_a_truncated_checkpoint(trained, tmp_path, capsys, monkeypatch):
         " one",
     )
     assert tiny.contents(trained) == before
+
+
+@contextmanager
+def nobody():
+    """Inside, whoever is root is not."""
+    before = os.geteuid()
+    os.seteuid(before or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_a_checkpoint_of_somebody_else():
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder, "a.safetensors")
+        state.write(path, {"a": torch.zeros(1)}, {})
+        assert path.stat().st_mode & 0o777 == 0o644  # as open as its folder
+        path.chmod(0)
+        with nobody(), pytest.raises(state.CheckpointError) as told:
+            state.averaged(path)
+        assert str(told.value) == (
+            f"the checkpoint `{path}` cannot be read (permission denied): give one that can be"
+        )
 
 
 def test_a_checkpoint_of_another_network(trained, capsys, monkeypatch):

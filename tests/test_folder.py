@@ -26,6 +26,17 @@ def test_a_place_without_a_folder_above_it():
     assert str(told.value).startswith(("`/` is there already, ", "nothing can be written in `/`: "))
 
 
+def test_a_place_that_is_no_run(folder):
+    (folder / "file").write_text("")
+    for taken in (folder, folder / "file"):
+        with pytest.raises(FolderError) as told:
+            place(BUNDLE, "", str(taken))
+        assert str(told.value) == (
+            f"`{taken}` is there already, and a run has a folder of its own: give the name of"
+            " another"
+        )
+
+
 @pytest.mark.parametrize("read_only", ["out", "."])
 def test_a_folder_that_is_read_only_is_told(folder, monkeypatch, read_only):
     """Itself, or the one that it lies in: encoded data lie beside a run."""

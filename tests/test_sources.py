@@ -251,6 +251,15 @@ def test_sources_that_are_not_there(tmp_path):
         open_source("folder", tmp_path / "nowhere")
     with fails("holds no pictures"):
         open_source("folder", tmp_path)
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    with fails(f"`{tmp_path}/metadata.jsonl` is empty: write one object a line"):
+        open_source("folder", tmp_path)
+
+
+def test_a_folder_that_is_not_ours_to_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may read all
+    with fails(f"`{tmp_path}` cannot be read (permission denied)"):
+        open_source("folder", tmp_path)
 
 
 def test_a_zip_cut_short_is_an_error(tmp_path):

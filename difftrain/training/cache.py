@@ -52,9 +52,11 @@ def _keep(path: Path, key: str, name: str, value: Tensor, say: Say) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value}, part, {"key": key, "sha256": _digest(value)})
+        part.chmod(path.parent.stat().st_mode & 0o666)  # it is written for its owner alone
         part.replace(path)
     except (SafetensorError, OSError) as cause:
-        say(f"the {name} cannot be kept in `{path.parent}` ({cause}), each start encodes again")
+        why = (getattr(cause, "strerror", None) or str(cause)).lower()
+        say(f"the {name} cannot be kept in `{path.parent}` ({why}), each start encodes again")
         if part.is_file():
             part.unlink()
 

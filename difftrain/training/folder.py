@@ -41,14 +41,20 @@ def place(bundle: Bundle, resume: str, out: str | None) -> tuple[Path, Path | No
     ours = _holds(folder, checkpoint) or (resume == "auto" and _belongs(folder, bundle))
     writable(folder)
     if _taken(folder) and not ours:
-        said = (
-            " and holds no run of this objective: give another folder"
-            if resume == "auto"
-            else ", and a new run never writes over an old one: give another folder, or go on with"
-            " `--resume auto`"
-        )
-        raise FolderError(f"`{folder}` is there already{said}")
+        raise FolderError(f"`{folder}` is there already{_why_not(folder, resume)}")
     return folder, checkpoint
+
+
+def _why_not(folder: Path, resume: str) -> str:
+    """Why a run cannot be where something is."""
+    if resume == "auto":
+        return " and holds no run of this objective: give another folder"
+    if not (folder / MANIFEST).is_file():
+        return ", and a run has a folder of its own: give the name of another"
+    return (
+        ", and a new run never writes over an old one: give another folder, or go on with"
+        " `--resume auto`"
+    )
 
 
 def free(path: Path, ours: Callable[[Path], bool], other: str) -> None:

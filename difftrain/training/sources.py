@@ -29,6 +29,7 @@ CAPTIONS = (".txt", ".caption")
 SPLIT_FOLDERS = {"train", "validation", "test"}
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}  # at most 8 bits a channel, grey or RGB
 UNREADABLE = (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+LINE = '{"file_name": "cat.png", "caption": "a cat"}'
 TRANSFORM = "upright, on white, shorter side by lanczos, centre crop"
 
 
@@ -140,11 +141,18 @@ def open_source(
             raise DataError(f"there is no data source called `{kind}`: {hint}")
     records = list(_records(store, name, caption))
     if not records:
-        raise DataError(
-            f"`{name}` holds no pictures: it needs a metadata.jsonl, "
-            "or pictures with a caption file of the same name beside each"
-        )
+        raise DataError(_nothing(store, name))
     return Pictures(name, tuple(of_split(records, name, split, held_out)), store)
+
+
+def _nothing(store: Folder | Archive, name: str) -> str:
+    """The sentence for a source without records."""
+    for table in _tables(store):
+        return f"`{name}/{table}` is empty: write one object a line, as in {LINE}"
+    return (
+        f"`{name}` holds no pictures: it needs a metadata.jsonl, "
+        "or pictures with a caption file of the same name beside each"
+    )
 
 
 def _embedded() -> Archive:
@@ -157,6 +165,8 @@ def _open(path: str | Path) -> Folder | Archive:
     if not str(path):
         raise DataError('`folder` needs a path: folder("photos")')
     at = Path(path).expanduser()
+    if at.is_dir() and not os.access(at, os.R_OK | os.X_OK):
+        raise DataError(f"`{path}` cannot be read (permission denied): give a folder that can be")
     if at.is_dir():
         return Folder(at)
     if not at.exists():
@@ -172,7 +182,7 @@ def _open(path: str | Path) -> Folder | Archive:
 
 
 def _records(store: Folder | Archive, name: str, caption: str) -> Iterator[Record]:
-    tables = sorted(n for n in store.names if posixpath.basename(n) == "metadata.jsonl")
+    tables = _tables(store)
     if not tables:
         yield from _beside(store, name, caption)
     for table in tables:
@@ -181,13 +191,17 @@ def _records(store: Folder | Archive, name: str, caption: str) -> Iterator[Recor
                 yield _from_line(line, f"`{name}/{table}` line {number}", table, store, caption)
 
 
+def _tables(store: Folder | Archive) -> list[str]:
+    return sorted(n for n in store.names if posixpath.basename(n) == "metadata.jsonl")
+
+
 def _from_line(line: str, where: str, table: str, store: Folder | Archive, caption: str) -> Record:
     try:
         fields = json.loads(line)
     except json.JSONDecodeError as cause:
         raise DataError(
             f"{where} is not JSON ({cause.msg.lower()} at column {cause.colno}): "
-            'write one object a line, as in {"file_name": "cat.png", "caption": "a cat"}'
+            f"write one object a line, as in {LINE}"
         ) from cause
     if not isinstance(fields, dict) or not isinstance(fields.get("file_name"), str):
         raise DataError(f'{where} names no picture: give it a "file_name"')

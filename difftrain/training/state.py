@@ -79,6 +79,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]
     save_file(
         tensors, partial, {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
     )
+    partial.chmod(path.parent.stat().st_mode & 0o666)  # it is written for its owner alone
     os.replace(partial, path)
 
 
@@ -168,7 +169,11 @@ def opened(path: Path, graph_hash: str | None = None) -> Iterator[safe_open]:
             if graph_hash is not None:
                 _same_graph(path, (file.metadata() or {}).get("graph", "unknown"), graph_hash)
             yield file
-    except FileNotFoundError:
+    except FileNotFoundError:  # safetensors says so of every file that it may not open
+        if path.exists():
+            raise CheckpointError(
+                f"the checkpoint `{path}` cannot be read (permission denied): give one that can be"
+            ) from None
         raise CheckpointError(f"there is no checkpoint `{path}`: give a file, or `auto`") from None
     except (SafetensorError, OSError) as problem:
         raise CheckpointError(
