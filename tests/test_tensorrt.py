@@ -33,7 +33,7 @@ from difftrain.export.manifest import tabled
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
 from difftrain.export.png import png, sheet
-from difftrain.export.running import Refused, Runner, Walk, gpu, log, runtime
+from difftrain.export.running import Refused, Runner, Walk, gpu, log, profile_for, runtime
 from difftrain.export.tokens import BytePairs, UnknownWords, words
 from difftrain.models.encoders import t5
 from difftrain.models.errors import PartError
@@ -88,6 +88,7 @@ def test_an_engine_is_built_without_a_gpu(source):
         "version": metadata.version("tensorrt-rtx"),
         "gpu": "8.0 or later",
         "batch": [1, 8],
+        "profiles": [[1, 1], [8, 8], [1, 8]],
         "refit": False,
         "inputs": {"x": ("float32", ["batch", 4, 8, 8])},
         "outputs": {"y": ("float32", ["batch", 4, 8, 8])},
@@ -98,6 +99,21 @@ def test_an_engine_is_built_without_a_gpu(source):
             "elementwise float32": 1,
         },
     }
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ranges"),
+    [(1, 1, [[1, 1]]), (1, 2, [[1, 1], [2, 2]]), (2, 8, [[2, 2], [8, 8], [2, 8]])],
+)
+def test_which_kernels_are_for_a_batch(source, low, high, ranges):
+    about = build(source, Profile(low, high), RTX).about
+    assert about["profiles"] == ranges
+    chosen = [profile_for(about, {"x": torch.empty(n, 4, 8, 8)}) for n in range(1, 10)]
+    for count, number in enumerate(chosen, 1):
+        first, last = ranges[number]
+        inside = low <= count <= high
+        assert first <= count <= last if inside else number == len(ranges) - 1
+    assert chosen[low - 1] == 0 and chosen[high - 1] == min(1, high - low)
 
 
 def test_what_no_engine_is_made_of(tmp_path):

@@ -67,6 +67,13 @@ class Profile:
     portable: bool = True
     refit: bool = False
 
+    @property
+    def ranges(self) -> list[list[int]]:
+        """Batches that get kernels of their own: the least and the most, since more is fused for
+        one number than for many, and where there are others all of them."""
+        ends = [[size, size] for size in sorted({self.low, self.high})]
+        return [*ends, [self.low, self.high]] if self.high - self.low > 1 else ends
+
 
 @dataclass(frozen=True, eq=False)
 class Engine:
@@ -122,8 +129,14 @@ def built_for(maker: Library, profile: Profile) -> dict[str, object]:
         "version": maker.version,
         "gpu": here,
         "batch": [profile.low, profile.high],
+        "profiles": _ranges(maker, profile),
         "refit": profile.refit,
     }
+
+
+def _ranges(maker: Library, profile: Profile) -> list[list[int]]:
+    whole = maker.builder == "torch_tensorrt"  # it is told one range alone
+    return [[profile.low, profile.high]] if whole else profile.ranges
 
 
 def capability() -> str:
@@ -151,7 +164,7 @@ def _from_onnx(source: Source, profile: Profile, maker: Library) -> Made:
 
 
 def _config(trt: ModuleType, builder, inputs: Tensors, profile: Profile):
-    """How a network becomes an engine: one profile, memory that callers give (so that a CUDA graph
+    """How a network becomes an engine: its batches, memory that callers give (so that a CUDA graph
     can hold a loop over the engine), and the GPU."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -161,11 +174,12 @@ def _config(trt: ModuleType, builder, inputs: Tensors, profile: Profile):
     if not profile.portable:
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
-    shapes = builder.create_optimization_profile()
-    for name, (_, dims) in inputs.items():
-        low, high = (sized(dims, b) for b in (profile.low, profile.high))
-        shapes.set_shape(name, low, high, high)
-    config.add_optimization_profile(shapes)
+    for sizes in profile.ranges:
+        shapes = builder.create_optimization_profile()
+        for name, (_, dims) in inputs.items():
+            low, high = (sized(dims, size) for size in sizes)
+            shapes.set_shape(name, low, high, high)
+        config.add_optimization_profile(shapes)
     return config
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from difftrain.compiler import random
 
+BATCH = "batch"  # what the dimension is called
 CONDITIONS = ("cond", "null")  # inputs that are the same in every call
 ALIGNMENT = 256  # bytes, of the addresses that the library is given
 WARM = 2  # calls before a graph is captured: kernels are compiled in the first
@@ -44,12 +45,10 @@ class Runner:
             raise Refused(f"the engine `{name}` does not run here: {said.first()}", 3)
         self.config = _config(trt, self.engine)
         self.compiled = self._kernels()
-        self.context = self.engine.create_execution_context(self.config)
-        if self.context is None:
-            raise Refused(f"the engine `{name}` does not start here: {said.first()}", 4)
         size = max(1, self.engine.device_memory_size_v2)
         self.memory = torch.empty(size, dtype=torch.uint8, device="cuda")
-        self.context.set_device_memory(self.memory.data_ptr(), size)
+        self.contexts: dict[int, object] = {}
+        self.context = self._context(0)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
         mode = trt.TensorIOMode
         self.inputs = [n for n in names if self.engine.get_tensor_mode(n) == mode.INPUT]
@@ -57,8 +56,9 @@ class Runner:
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """The outputs for inputs on the GPU, enqueued on torch's stream."""
-        given = [_aligned(value) for value in inputs]
-        for name, value in zip(self.inputs, given, strict=True):
+        given = {n: _aligned(value) for n, value in zip(self.inputs, inputs, strict=True)}
+        self.context = self._context(profile_for(self.about, given))
+        for name, value in given.items():
             if not self.context.set_input_shape(name, tuple(value.shape)):
                 low, high = self.about["batch"]
                 raise Refused(
@@ -70,6 +70,22 @@ class Runner:
         if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
             raise Refused(f"the engine `{self.name}` failed while it ran", 4)
         return made
+
+    def _context(self, number: int):
+        """What runs the kernels of a profile: started when its first batch comes."""
+        if number in self.contexts:
+            return self.contexts[number]
+        said = log(self.trt)
+        context = self.engine.create_execution_context(self.config)
+        stream, started = torch.cuda.current_stream(), context is not None
+        if started and number:  # a context begins with the first profile
+            started = context.set_optimization_profile_async(number, stream.cuda_stream)
+        if not started:
+            raise Refused(f"the engine `{self.name}` does not start here: {said.first()}", 4)
+        context.set_device_memory(self.memory.data_ptr(), len(self.memory))
+        stream.synchronize()
+        self.contexts[number] = context
+        return context
 
     def _output(self, name: str) -> Tensor:
         kind = getattr(torch, TYPES[self.engine.get_tensor_dtype(name).name])
@@ -129,6 +145,19 @@ def _config(trt: ModuleType, engine):
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
     return config
+
+
+def profile_for(about: Mapping, given: Mapping[str, Tensor]) -> int:
+    """Which of an engine's kernels are for a batch: the first that are, else the last, which say
+    what they take."""
+    sizes = (
+        value.shape[about["inputs"][name][1].index(BATCH)]
+        for name, value in given.items()
+        if BATCH in about["inputs"][name][1]
+    )
+    count = next(sizes, about["batch"][0])
+    fits = [low <= count <= high for low, high in about["profiles"]]
+    return fits.index(True) if True in fits else len(fits) - 1
 
 
 def log(trt: ModuleType):

@@ -12,9 +12,8 @@ from torch.export import Dim, ExportedProgram
 
 from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece
+from difftrain.export.running import BATCH
 from difftrain.models.foreign import reason
-
-BATCH = "batch"  # what the dimension is called
 
 
 def batches(name: str, batch: tuple[int, int]) -> tuple[int, int]:
