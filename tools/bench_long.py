@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of `fast` and `plain`: 2000")
     parser.add_argument("--every", type=int, help="steps of a window, and between looks: 100")
     parser.add_argument("--gpu", default="0", help="numbers of the GPUs to use, as 0,1")
+    parser.add_argument("--together", type=int, default=1, help="how many share a GPU")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true", help="a small transformer, for a CPU")
     parser.add_argument("--out", type=Path, default=Path("long"), help="for curves and numbers")
@@ -112,7 +113,7 @@ def measured(runs: Mapping[str, Run], args: argparse.Namespace) -> dict[str, Lin
         print(f"{name}: {error or 'done'}", file=sys.stderr, flush=True)
 
     with TemporaryDirectory() as folder:
-        crew = Crew(args.gpu.split(","), 1, args.limit, kept)
+        crew = Crew(args.gpu.split(","), args.together, args.limit, kept)
         signal.signal(signal.SIGTERM, crew.stop)
         crew.run([[work(run, Path(folder, name), args.every)] for name, run in runs.items()])
     return {name: found.get(name, []) for name in runs}
