@@ -10,7 +10,8 @@ from counting import Counting
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from difftrain.models import still
+from difftrain.language.part import Part
+from difftrain.models import build, still
 from difftrain.training.batches import Batches
 from difftrain.training.stepper import feeding
 
@@ -23,7 +24,7 @@ KINDS = {  # a layer of torch's, and what it is shown
     "around": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (3, 2, 6, 6)),
     "volumes": (lambda: nn.Conv3d(2, 3, 2), (3, 2, 4, 4, 4)),
 }
-PRODUCTS = ("aten.mm.default", "aten.addmm.default")  # of layers; attention has others
+PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.convolution.default")  # of layers
 IN_A_BLOCK = 5  # layers: q, k and v; what follows attention; two of the perceptron; modulation
 TINY = {"backbone.width": "32", "backbone.heads": "2", "train.precision": "bf16"}
 
@@ -190,3 +191,16 @@ def test_a_derivative_along_the_path_is_one_pass_of_a_block_s_products_more(step
 
 def test_what_is_compiled_has_the_same_products(stepping):
     assert stepping("mean_flow", 1, traced) == stepping("mean_flow", 1, eager)
+
+
+def test_a_unet_s_derivative_is_two_forwards_of_its_products():
+    sizes = {"channels": (32, 64), "layers": 1, "heads": 2, "attention": (0, 1), "groups": 8}
+    part = Part("backbone", "sd_unet", {**sizes, "text": (), "size": 128})
+    network = build(part, forward_mode=True)
+    x, t = torch.randn(2, 4, 16, 16), torch.rand(2)
+    found = []
+    for call in (network, lambda *at: torch.func.jvp(network, at, (x, torch.ones(2)))):
+        with Counting() as counting, torch.no_grad():
+            call(x, t)
+        found.append(products(counting.found))
+    assert found[0] > 40 and found[1] == 2 * found[0]

@@ -18,8 +18,7 @@ class UNet(Frame):
 
     def __init__(self, module: nn.Module, *, latent: int, side: int, **options):
         super().__init__(module, module.time_embedding.linear_1.out_features, **options)
-        if not options.get("forward_mode"):
-            arrange_products(module)
+        arrange_products(module, fused=not options.get("forward_mode"))
         if "w" in self.inputs:
             _see_scales(module)
         if "guess" in self.inputs and module.config.in_channels == latent:

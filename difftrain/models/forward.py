@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from difftrain.models.attention import attend
+
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation in plain arithmetic."""
@@ -32,28 +34,22 @@ def _unit(x: Tensor, eps: float) -> Tensor:
 
 
 class JointAttention:
-    """A processor of diffusers' attention in plain arithmetic: pictures [B, T, D] and text
-    [B, S, D] look at each other and themselves (arXiv:2403.03206 section 4), or pictures alone."""
+    """A processor of diffusers' attention: pictures [B, T, D] and text [B, S, D] look at each other
+    and themselves (arXiv:2403.03206 section 4), or pictures alone."""
 
     def __call__(self, attn, hidden_states: Tensor, encoder_hidden_states=None, **_):
         x, text = hidden_states, encoder_hidden_states
         own = (attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)
         q, k, v = (_heads(attn, x, *pair) for pair in own)
         if text is None:
-            return _out(attn, _looked(q, k, v))
+            return _out(attn, attend(q, k, v, fused=False))
         more = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         norms = attn.norm_added_q, attn.norm_added_k, None
         added = [_heads(attn, text, *pair) for pair in zip(more, norms, strict=True)]
         pairs = zip((q, k, v), added, strict=True)
-        both = _looked(*(torch.cat(pair, dim=2) for pair in pairs))
+        both = attend(*(torch.cat(pair, dim=2) for pair in pairs), fused=False)
         x, text = both[:, : x.shape[1]], both[:, x.shape[1] :]
         return _out(attn, x), text if attn.context_pre_only else attn.to_add_out(text)
-
-
-def _looked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Values [B, T, D] of q, k, v [B, heads, T, D / heads]."""
-    looks = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
-    return (looks @ v).transpose(1, 2).flatten(2)
 
 
 def _out(attn, x: Tensor) -> Tensor:

@@ -8,12 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difftrain.models.attention import attend
+from difftrain.models.still import moved
 
 
 class OneProduct:
     """A processor of diffusers' attention: x [B, T, D], or a picture [B, D, h, w], looks at itself
     or at text [B, S, C]. q, k and v, or k and v, come of one product with the weights side by side,
-    which stay what they are in files. There are no masks."""
+    which stay what they are in files. There are no masks. What is not `fused` has a forward-mode
+    derivative."""
+
+    def __init__(self, fused: bool = True):
+        self.fused = fused
 
     def __call__(
         self,
@@ -32,7 +37,7 @@ class OneProduct:
         else:
             (q,) = _heads(attn, x, attn.to_q)
             k, v = _heads(attn, encoder_hidden_states, attn.to_k, attn.to_v)
-        x = attn.to_out[1](attn.to_out[0](attend(q, k, v, fused=True)))
+        x = attn.to_out[1](attn.to_out[0](attend(q, k, v, self.fused)))
         x = x.transpose(1, 2).unflatten(2, picture.shape[2:]) if picture.dim() == 4 else x
         x = x + picture if attn.residual_connection else x
         return x / attn.rescale_output_factor
@@ -43,7 +48,7 @@ def _heads(attn, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     weight = torch.cat([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers]
     bias = None if biases[0] is None else torch.cat(biases)
-    made = F.linear(x, weight, bias).unflatten(2, (len(layers), attn.heads, -1))
+    made = moved(F.linear, x, weight, bias).unflatten(2, (len(layers), attn.heads, -1))
     return made.permute(2, 0, 3, 1, 4).unbind()
 
 
@@ -58,18 +63,19 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, gate = self.proj.weight.chunk(2)
         bias, shift = (None, None) if self.proj.bias is None else self.proj.bias.chunk(2)
-        return F.linear(x, weight, bias) * F.gelu(F.linear(x, gate, shift))
+        value = moved(F.linear, x, weight, bias)
+        return value * F.gelu(moved(F.linear, x, gate, shift))
 
 
-def arrange_products(module: nn.Module) -> None:
+def arrange_products(module: nn.Module, fused: bool = True) -> None:
     """Lets every attention that looks at one thing at a time, plainly, make one product of it, and
-    every gated layer two."""
+    every gated layer two. Without `fused` all of them have a forward-mode derivative."""
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention_processor import Attention
 
     for child in list(module.modules()):
         if isinstance(child, Attention) and _plain(child):
-            child.set_processor(OneProduct())
+            child.set_processor(OneProduct(fused))
         for name, layer in child.named_children():
             if isinstance(layer, GEGLU):
                 setattr(child, name, Gated(layer.proj))
