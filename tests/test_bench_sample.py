@@ -49,6 +49,7 @@ def asked(tool, **changed) -> Namespace:
     """The arguments of a call."""
     plain = {"work": ",".join(tool.WORKS), "only": ",".join(tool.COLUMNS), "batch": "1,8"}
     plain |= {"run": "", "gpu": "0", "together": 3, "limit": 60.0, "json": None}
+    plain |= {"more": False, "ready": 0}
     plain |= {"mode": "default", "library": "auto", "portable": False}
     return Namespace(**plain | changed)
 
@@ -61,6 +62,30 @@ def told(column, *batches, **changed) -> dict:
 
 
 # ---- what is measured
+
+
+def test_what_a_file_has_is_not_measured_again(tool, tmp_path):
+    file = tmp_path / "a.json"
+    there = {"dit-jump1 | compile | 1": {"ms": 2.0}, "dit-jump1 | compile | 8": {"why": "late"}}
+    file.write_text(json.dumps(there))
+    told = {"work": "dit-jump1", "only": "compile,eager", "json": file}
+    again, more = tool.Bench(asked(tool, **told)), tool.Bench(asked(tool, **told, more=True))
+    found = [(job.column, job.batches) for job in more.jobs]
+    assert len(again.jobs) == 3 and found == [("eager", (1, 8)), ("compile", (8,))]
+    assert more.rows["dit-jump1", "compile", 1] == {"ms": 2.0}
+
+
+def test_where_a_process_crashed_is_told(tool, tmp_path):
+    file = tmp_path / "a.crash"
+    code = f"import faulthandler, os\nfaulthandler.enable(open({str(file)!r}, 'w'))\nos.abort()"
+    assert tool.crashed(file) == ""
+    assert subprocess.run([sys.executable, "-c", code]).returncode < 0
+    assert tool.crashed(file) == '(File "<string>", line 3 in <module>)'
+
+
+def test_a_cache_is_a_folder_of_the_compilers(tool, tmp_path):
+    found = tool.caches(tmp_path)
+    assert {Path(place).parent for place in found.values()} == {tmp_path} and len(found) == 2
 
 
 def test_the_most_wanted_is_measured_first(tool):
@@ -187,7 +212,7 @@ def test_what_was_measured_before_the_time_was_up_is_shown(tool, bench, tmp_path
     assert time.monotonic() - began < 9
     shown = tool.table(one.rows).splitlines()
     assert shown[0].startswith("a GPU, torch 2.13, fp16")
-    assert "| dit-jump1 | 1 | tensorrt | 2.00 | 500.0 |  | 1.0e-03 |  | 9 s |" in shown
+    assert "| dit-jump1 | 1 | tensorrt, static | 2.00 | 500.0 |  | 1.0e-03 |  | 9 s |" in shown
     assert sum(line.endswith(f"| {late} | | | | | |") for line in shown) == len(one.rows) - 1 == 5
     assert len(json.loads(file.read_text())) == 6
 
@@ -209,9 +234,9 @@ def test_the_table(tool):
     assert "unet-lcm4 is a plain UNet under `multistep`, without `w`" in title
     assert lines == [
         "| run | 16 | eager | 3.00 | 500.0 | 2.0e-03 | 1.0e-03 |  | 9 s |",
-        "| dit-jump1 | 1 | rtx 1 | 2.00 | 500.0 | 2.0e-03 | 1.0e-03 | 2.00x | 9 s |",
+        "| dit-jump1 | 1 | rtx 1, static | 2.00 | 500.0 | 2.0e-03 | 1.0e-03 | 2.00x | 9 s |",
         "| dit-jump1 | 1 | compile, static | 4.00 | 500.0 | 2.0e-03 | 1.0e-03 | 1.00x | 9 s |",
-        "| dit-jump1 | 1 | rtx 1, whole sampler | 1.00 | 500.0 |  | 1.0e-03 | 4.00x | 9 s |",
+        "| dit-jump1 | 1 | rtx 1, whole, static | 1.00 | 500.0 |  | 1.0e-03 | 4.00x | 9 s |",
         "| dit-jump1 | 8 | pt2 | a / b | | | | | |",
     ]
     assert {line.count("|") for line in (head, rule, *lines)} == {10}
@@ -328,4 +353,4 @@ def test_engines_are_built_also_where_none_can_be_opened(quick, run, column):
         refused = pytest.raises(Refused, match="does not run here")
         with nullcontext() if here else refused:
             call, said = quick.BUILT[column](it, told(column, 1, 2, portable=True))
-            assert call.inputs[0] == ("x" if column == "tensorrt" else "noise") and said["library"]
+            assert set(call.runners) == {1, 2} and said["library"]

@@ -4,6 +4,12 @@
     python tools/bench_sample.py --work unet-lcm4 --only compile,tensorrt --batch 1 --together 1
     python tools/bench_sample.py --work '' --run runs/emoji64
 
+All of it in two calls on two GPUs, the second of which goes on where the first was cut:
+
+    python tools/bench_sample.py --gpu 0,1 --only compile --together 2 --ready 535 --cache kept \
+        --json a.json
+    python tools/bench_sample.py --gpu 0,1 --more --cache kept --json a.json
+
 Works: dit-jump1 and dit-euler50 (DiT-XL/2, 256 pixels: one jump; 50 Euler steps with guidance),
 unet-lcm4 and unet-dpm20 (Stable Diffusion 1.5's UNet, 512 pixels: 4 steps without guidance, of a
 plain UNet under `multistep`, which is not told a guidance scale `w`; 20 of DPM++ with guidance),
@@ -17,21 +23,22 @@ of the first call of the network (where a column has one) and of the final laten
 random and damped (see bench/sampler.py), those of --run as they were trained.
 
 Every (work, column) is a process of its own, and so is every batch of `compile` and `pt2`, which
-are compiled for that size alone; one engine serves all batches, with the largest as its optimum.
+are compiled for that size alone. Engines are built for one size each too, of one ONNX file.
 Several are built and compiled side by side, and whoever measures has the GPU alone
 (`bench/crew.py`); what belongs to one work is measured on one GPU. What is most wanted goes first,
 so that a cut takes the last; one that hangs is ended after a time of its own. A table is printed in
-any case.
+any case. What a process had tuned when it was ended is not tuned again under the same `--cache`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,10 +106,16 @@ def main() -> None:
     add("--together", type=int, default=3, help="how many side by side on each GPU")
     add("--run", default="", help="a run's folder: its samples are a further work, `run`")
     add("--json", type=Path, help="where all numbers go")
+    add("--more", action="store_true", help="what is measured in that file is not measured again")
+    add("--ready", type=float, default=0, help="seconds until each can be measured, not its own")
+    add("--cache", type=Path, help="a folder that keeps what is compiled and tuned")
     add("--library", default="auto", help="the engine library: the first that is there")
     add("--portable", action="store_true", help="engines for every GPU, not for this one")
     add("--mode", default="max-autotune-no-cudagraphs", help="of torch.compile")
-    bench = Bench(parser.parse_args())
+    args = parser.parse_args()
+    if args.cache:
+        os.environ |= caches(args.cache.resolve())
+    bench = Bench(args)
     try:
         bench.run()
     finally:
@@ -144,12 +157,29 @@ def asked(names: str, known: Iterable[str]) -> list[str]:
     return found
 
 
+def caches(folder: Path) -> dict[str, str]:
+    """The variables that make compilers keep what they make and tune in a folder."""
+    names = {"inductor": "TORCHINDUCTOR_CACHE_DIR", "triton": "TRITON_CACHE_DIR"}
+    return {variable: str(folder / name) for name, variable in names.items()}
+
+
+def remaining(found: Iterable[Job], measured: Mapping[Key, Row]) -> list[Job]:
+    """Jobs without what was measured before."""
+    left = [
+        replace(job, batches=tuple(key[2] for key in job.keys if "ms" not in measured.get(key, {})))
+        for job in found
+    ]
+    return [job for job in left if job.batches]
+
+
 class Bench:
     """Measures jobs on some GPUs; `rows` has what was found of each, or why nothing was."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.jobs = args, jobs(args)
-        self.rows: dict[Key, Row] = {key: {"why": LATE} for job in self.jobs for key in job.keys}
+        before = read(args.json) if args.more and args.json else {}
+        self.args, self.jobs = args, remaining(jobs(args), before)
+        late: dict[Key, Row] = {key: {"why": LATE} for job in self.jobs for key in job.keys}
+        self.rows = {**before, **late}
         self.begun: dict[Path, Job] = {}
         self.crew = Crew(args.gpu.split(","), args.together, args.limit, self._keep)
 
@@ -171,7 +201,7 @@ class Bench:
         task.write_text(json.dumps(told))
         beside = next((path for path, one in self.begun.items() if one.work == job.work), None)
         self.begun[result] = job
-        limits = COLUMNS[job.column], MEASURING
+        limits = self.args.ready or COLUMNS[job.column], MEASURING
         return Work((str(ONE), str(task), str(result)), result, MEMORY, beside, limits)
 
     def _keep(self, running: Running, error: str) -> None:
@@ -182,6 +212,7 @@ class Bench:
         whole = text[: text.rfind("\n") + 1].splitlines()  # the last line may be half written
         found = {row["batch"]: row for row in map(json.loads, whole)}
         log = running.work.log.read_text(errors="replace")[-20_000:]
+        error = " ".join(filter(None, (error, crashed(result.with_suffix(".crash")))))
         for work, column, batch in job.keys:
             row = found.get(batch, {"why": error or "it gave no result"})
             row |= {"gpu": running.gpu, **({"log": log} if "why" in row else {})}
@@ -199,9 +230,26 @@ class Bench:
             self.args.json.write_text(json.dumps(named, indent=1))
 
 
+def read(file: Path) -> dict[Key, Row]:
+    """The rows of a file that a bench wrote, if it did."""
+    named = json.loads(file.read_text()) if file.is_file() else {}
+    keys = {name: name.split(" | ") for name in named}
+    return {(work, column, int(size)): named[n] for n, (work, column, size) in keys.items()}
+
+
+def crashed(file: Path) -> str:
+    """Where a process was when a signal ended it, as its interpreter wrote it down."""
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    at = next((n for n, line in enumerate(lines[:-1], 1) if line.startswith("Current thread")), 0)
+    return f"({lines[at].strip()})" if at else ""
+
+
 # ---- the table
 
-SHOWN = {WHOLE: ", whole sampler", **dict.fromkeys(ALONE, ", static")}  # behind a column's name
+SHOWN = {  # behind a column's name
+    WHOLE: ", whole, static",
+    **dict.fromkeys(("tensorrt", *ALONE), ", static"),
+}
 HEAD = "| work | batch | column | ms | images/s | one call | latents | to compile | built in |"
 TIMED = (
     "Timed from noise and conditions to latents: no text, no decoding; unet-lcm4 is a plain UNet"

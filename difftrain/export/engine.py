@@ -156,14 +156,16 @@ def _from_onnx(source: Source, profile: Profile, maker: Library) -> Made:
     if not parser.parse_from_file(str(source.onnx)):
         raise ExportError(_none(source, parser.get_error(0).desc().partition("\n")[0]))
     described = _described(network)
-    config = _config(trt, builder, described["inputs"], profile)
-    data = builder.build_serialized_network(network, config)
-    if data is None:
-        raise ExportError(_none(source, said.first()))
-    return bytes(data), described
+    whole = [[profile.low, profile.high]]
+    for ranges in (profile.ranges, whole):  # some convolutions have no engine for one size alone
+        config = _config(trt, builder, described["inputs"], profile, ranges)
+        data = builder.build_serialized_network(network, config)
+        if data is not None:
+            return bytes(data), {**described, "profiles": ranges}
+    raise ExportError(_none(source, said.first()))
 
 
-def _config(trt: ModuleType, builder, inputs: Tensors, profile: Profile):
+def _config(trt: ModuleType, builder, inputs: Tensors, profile: Profile, ranges: Iterable):
     """How a network becomes an engine: its batches, memory that callers give (so that a CUDA graph
     can hold a loop over the engine), and the GPU."""
     config = builder.create_builder_config()
@@ -174,7 +176,7 @@ def _config(trt: ModuleType, builder, inputs: Tensors, profile: Profile):
     if not profile.portable:
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
-    for sizes in profile.ranges:
+    for sizes in ranges:
         shapes = builder.create_optimization_profile()
         for name, (_, dims) in inputs.items():
             low, high = (sized(dims, size) for size in sizes)

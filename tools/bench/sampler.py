@@ -6,6 +6,7 @@ built, compiled and compared with fp32 before this process asks to have its GPU 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import statistics
 import sys
@@ -13,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +24,7 @@ from bench import gauge
 from torch import Tensor, nn
 
 from difftrain.export import modules, onnx
-from difftrain.export.engine import Profile, Source, build, library
+from difftrain.export.engine import Engine, Library, Profile, Source, build, library
 from difftrain.export.errors import ExportError
 from difftrain.export.manifest import tabled
 from difftrain.export.opened import Opened, opened
@@ -42,10 +44,16 @@ SILENT = 0.02  # the deviation of what an initialisation leaves 0
 
 
 def main(task: str, result: str) -> None:
-    told = json.loads(Path(task).read_text())
+    told, crash = json.loads(Path(task).read_text()), Path(result).with_suffix(".crash")
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    with work(told) as run, torch.no_grad(), Path(result).open("w", buffering=1) as out:
+    with (
+        crash.open("w") as last,
+        Path(result).open("w", buffering=1) as out,
+        work(told) as run,
+        torch.no_grad(),
+    ):
+        faulthandler.enable(last)
         for row in measured(run, told):
             print(json.dumps(row), file=out)
 
@@ -226,7 +234,7 @@ def _pt2(run: Opened, told: Mapping) -> tuple[Step, Row]:
         return Step(called(of, torch._inductor.aoti_load_package(path)), False), {}
 
 
-def _tensorrt(run: Opened, told: Mapping, name: str = "step") -> tuple[Runner, Row]:
+def _tensorrt(run: Opened, told: Mapping, name: str = "step") -> tuple[Engines, Row]:
     maker, ends = library(told["library"]), (min(told["batches"]), max(told["batches"]))
     made = modules.pieces(run, "fp16", DEVICE, unrolled=0 if name == "step" else modules.UNROLLED)
     if name not in made:
@@ -235,8 +243,32 @@ def _tensorrt(run: Opened, told: Mapping, name: str = "step") -> tuple[Runner, R
     with TemporaryDirectory(dir=told["folder"]) as folder:
         file = onnx.write(made, Path(folder), ends, str, ["backbone"])[name]
         source = Source(name, file, partial(traced, name, made[name], ends))
-        built = build(source, Profile(*ends, portable=told["portable"]), maker)
-    return Runner(name, built.data, built.about), {"library": f"{maker.package} {maker.version}"}
+        profile = Profile(*ends, portable=told["portable"])
+        engines = {size: _engine(source, profile, size, maker) for size in told["batches"]}
+    runners = {size: Runner(name, it.data, it.about) for size, it in engines.items()}
+    return Engines(runners), {"library": f"{maker.package} {maker.version}"}
+
+
+def _engine(source: Source, profile: Profile, size: int, maker: Library) -> Engine:
+    """An engine for one size, or where that has none, for all."""
+    try:
+        return build(source, replace(profile, low=size, high=size), maker)
+    except ExportError:
+        return build(source, profile, maker)
+
+
+class Engines:
+    """Engines for one batch size each as one function, whose first input tells the size."""
+
+    def __init__(self, runners: Mapping[int, Runner]):
+        self.runners = runners
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        self.last = self.runners[len(inputs[0])]
+        return self.last(*inputs)
+
+    def capturable(self) -> bool:
+        return self.last.capturable()
 
 
 WHOLE = "tensorrt-whole"
