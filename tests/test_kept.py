@@ -1,5 +1,6 @@
 """Compiled steps: what they are good for, the executable that holds them, where they come from."""
 
+import gc
 import json
 import os
 import subprocess
@@ -164,6 +165,13 @@ def test_a_step_of_a_gpu_is_kept_as_binaries_and_read_without_workers(shelf, tmp
     more, workers, norm = process(READ, shelf, "cuda", tmp_path / "second")
     assert (more, workers) == ("", "0")
     assert float(norm) == pytest.approx(Step(gradient, update)(*_args())["norm"].item(), rel=1e-3)
+
+
+def test_what_was_loaded_is_not_looked_through_for_garbage():
+    kept.load(CPU)
+    assert gc.isenabled() and gc.get_freeze_count() > 100_000
+    gc.unfreeze()
+    assert gc.get_freeze_count() < 1000
 
 
 def test_what_a_gpu_fails_at_while_the_compiler_is_loaded_is_raised():

@@ -1,5 +1,6 @@
 """Whole runs: what they leave behind, how they go on, what they say."""
 
+import gc
 import json
 
 import pytest
@@ -134,6 +135,12 @@ def test_a_run_of_no_steps_is_kept_as_well(here, capsys):
     assert load_file(first)["turn"] == 0
     code, said = told(capsys, "train", "--steps", "1", "--resume", str(first), "--out", "one")
     assert code == 0 and f"resumed at step 0 from {first}" in said
+
+
+def test_after_a_run_garbage_is_looked_for_everywhere(here):
+    here()
+    gc.freeze()
+    assert main(["train", "--steps", "0"]) == 0 and gc.get_freeze_count() == 0
 
 
 def test_settings_are_part_of_the_run(here):

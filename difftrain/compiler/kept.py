@@ -7,6 +7,7 @@ unchanged.
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import platform
@@ -60,9 +61,25 @@ def load(device: torch.device) -> None:
     as neither waits for the other."""
     with ThreadPoolExecutor(1) as beside:
         woken = beside.submit(_wake, device)
-        for name in COMPILER:
-            import_module(name)
+        with _uncollected():
+            for name in COMPILER:
+                import_module(name)
         woken.result()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """In it no garbage is looked for, which is a third of the time that importing much takes; and
+    later not among what was there, until `gc.unfreeze`."""
+    before = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if before:
+            gc.enable()
 
 
 def _wake(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -60,11 +61,14 @@ def run(
     keeping: Keeping | None = None,
 ) -> int:
     """Trains a bundle: the same for `difftrain train` and for an executable. The exit code."""
-    with importable(bundle.texts):
-        session = open_session(bundle, settings or {}, data, steps, resume, out, started)
-        session.keeping = keeping or session.keeping
-        loop(session)
-        finish(session)
+    try:
+        with importable(bundle.texts):
+            session = open_session(bundle, settings or {}, data, steps, resume, out, started)
+            session.keeping = keeping or session.keeping
+            loop(session)
+            finish(session)
+    finally:
+        gc.unfreeze()  # what was there as torch's compiler was loaded
     return 0
 
 
