@@ -33,7 +33,7 @@ def launch(q, k, v, tq, tk, tv, o, logsumexp: Tensor, out: Tensor, way: Plan | N
     columns, way = k.shape[2], way or PLAN
     tensors = [_in_eights(x) for x in (q, k, v, tq, tk, tv, o)]
     strides = [x.stride()[:3] for x in (*tensors, out)]
-    _tangent[(triton.cdiv(rows, way.queries) * batch * heads,)](
+    _attention_tangent[(triton.cdiv(rows, way.queries) * batch * heads,)](
         *tensors, logsumexp.contiguous(), out, *strides, width**-0.5,
         HEADS=heads, ROWS=rows, COLUMNS=columns, WIDTH=width,
         LANES=max(16, triton.next_power_of_2(width)), QUERIES=way.queries, KEYS=way.keys,
@@ -49,7 +49,7 @@ def _in_eights(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _tangent(
+def _attention_tangent(
     q, k, v, tq, tk, tv, o, logsumexp, out, q_at, k_at, v_at, tq_at, tk_at, tv_at, o_at, out_at,
     scale,
     HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
