@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from difftrain.models import eight
 from difftrain.models.eight import Linear, Small, columns, perceptron, product, rows, turned
@@ -169,6 +170,27 @@ def test_products_of_the_blocks_are_turned_and_no_others():
     names = [n for n, m in network.named_modules() if getattr(m, "eight", False)]
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert names == [f"blocks.0.{part}" for part in parts]
+
+
+class Called(TorchDispatchMode):
+    """Collects the names of the operators that are called in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_perceptron_of_a_block_is_one_operator_where_nothing_drops_out(dropout):
+    network = turned(transformer(depth=1, width=32, heads=2, dropout=dropout)).bfloat16()
+    with torch.no_grad(), Called() as called:
+        network.blocks[0].mlp(random(1, 4, 32))
+    assert called.names.count("difftrain.eight_product.default") == 2
+    assert ("aten.gelu.default" in called.names) == (dropout > 0)
 
 
 def test_odd_widths_stay_as_they_are():

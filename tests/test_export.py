@@ -19,10 +19,11 @@ from difftrain.cli import main
 from difftrain.export import parity, pt2
 from difftrain.export.errors import ExportError, Parted
 from difftrain.export.inlined import closed
-from difftrain.export.modules import PRECISIONS, pieces
+from difftrain.export.modules import PRECISIONS, Piece, pieces
 from difftrain.export.onnx import SOLVERS, write
 from difftrain.export.opened import opened
 from difftrain.export.trace import batches, traced
+from difftrain.models.attention import CrossAttention, SelfAttention
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,20 @@ def shown(folder: Path, about: dict) -> dict:
     output = about["pieces"]["decode"]["outputs"][0]
     assert len(made[output]) == 2 and bool((made[output] == made[output]).all())
     return made
+
+
+@pytest.mark.parametrize(
+    ("layer", "given"), [(SelfAttention, ["x"]), (CrossAttention, ["x", "text"])]
+)
+def test_heads_are_parted_behind_the_batch(tmp_path, layer, given):
+    """An engine makes one product of q, k and v then, and not three."""
+    inputs = {name: torch.randn(2, 5, 16) for name in given}
+    piece = Piece(layer(16, 2, fused=True).eval(), inputs, dict.fromkeys(given, 0), ("y",))
+    file = write({"text": piece, "backbone": piece}, tmp_path, (1, 4), str)["backbone"]
+    nodes = [n for n in onnx.load(file).graph.node if n.op_type == "Transpose"]
+    moves = [list(node.attribute[0].ints) for node in nodes]
+    assert max(map(len, moves)) == 5
+    assert all(move[0] == 0 for move in moves if len(move) > 2)
 
 
 def test_a_sampler_holds_its_weights_once(run):

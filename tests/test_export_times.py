@@ -53,6 +53,7 @@ def home(tmp_path, monkeypatch):
 WALKS = {
     "euler": straight(),
     "shifted": straight(solver="ddim(steps = 5, shift = 3)"),
+    "one step, which draws nothing": straight(solver="ddim(steps = 1, eta = 1)"),
     "one step": straight(LOADED, "euler(steps = 1)"),
     "preconditioned": growing(solver="euler(steps = 4, low = 0.01, high = 20, rho = 5)"),
     "preconditioned dpm": growing(solver="dpm_solver_pp(steps = 6)"),

@@ -2,12 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from difftrain.compiler.texts import MANIFEST, SPEC
 from difftrain.training.bundle import Bundle
-from difftrain.training.folder import FolderError, place, writable
+from difftrain.training.folder import FolderError, begun, place, writable
 
 BUNDLE = Bundle({MANIFEST: json.dumps({"name": "tiny", "graph": "a1"})})
 
@@ -73,3 +74,23 @@ def test_a_run_does_not_go_on_in_a_folder_that_is_not_its_own(folder, text):
         f"`{folder}` is there already and holds no run of this objective: give another folder"
     )
     assert (folder / SPEC).read_text() == "diff 1\n"
+
+
+def test_a_run_that_goes_on_writes_its_texts_anew(folder):
+    begun(folder, {MANIFEST: "1", "step.py": ""})
+    begun(folder, {MANIFEST: "2"})
+    assert (folder / MANIFEST).read_text() == "2"
+
+
+def test_of_two_runs_that_begin_at_once_one_gets_the_folder(folder, monkeypatch):
+    make = Path.mkdir
+
+    def while_another_begins(path, **options):
+        monkeypatch.undo()
+        make(path, **options)
+        begun(path, {MANIFEST: "theirs"})
+
+    monkeypatch.setattr(Path, "mkdir", while_another_begins)
+    with pytest.raises(FolderError, match="another run began in `.*out` meanwhile"):
+        begun(folder, {MANIFEST: "ours"})
+    assert (folder / MANIFEST).read_text() == "theirs"

@@ -27,7 +27,7 @@ def straight(run: Opened, scale: int):
 
     _is_straight(run)
     solver, told = run.sampling["solver"], {"num_train_timesteps": scale}
-    match solver.module, solver.options.get("eta"):
+    match solver.module, _drawn(run):
         case ("euler", _) | ("ddim", 0 | None):  # the same steps, on this path
             return diffusers.FlowMapEulerDiscreteScheduler(**told, shift=_shift(run.grid))
         case "multistep", _:
@@ -104,7 +104,7 @@ def growing(run: Opened, data: float):
             f"diffusers preconditions networks of the prediction type `sample`, not `{name}`:"
             " export to another target, such as `onnx`"
         )
-    kind, more = _adding(solver)
+    kind, more = _adding(solver, _drawn(run))
     ends = {"sigma_max": grid[0].item(), "sigma_min": grid[-2].item()}
     told = {**ends, "sigma_data": data, "rho": float(solver.options.get("rho", RHO))}
     made = getattr(diffusers, kind)(**told, **more)
@@ -114,9 +114,9 @@ def growing(run: Opened, data: float):
     return made
 
 
-def _adding(solver: Part) -> tuple[str, dict[str, object]]:
+def _adding(solver: Part, drawn: object) -> tuple[str, dict[str, object]]:
     """The scheduler with the moves of a solver."""
-    match solver.module, solver.options.get("eta", solver.options.get("scale")):
+    match solver.module, drawn:
         case ("euler", _) | ("ddim", 0 | None):
             return "EDMEulerScheduler", {}
         case "dpm_solver_pp", 0 | 1 | None as scale:
@@ -129,6 +129,12 @@ def _adding(solver: Part) -> tuple[str, dict[str, object]]:
 
 
 # ---- both
+
+
+def _drawn(run: Opened) -> object:
+    """How much noise the solver draws between two steps; of one step, none."""
+    options = run.sampling["solver"].options
+    return options.get("eta", options.get("scale")) if len(run.grid) > 2 else 0
 
 
 def other_times(solver: Part, instead: str) -> str:

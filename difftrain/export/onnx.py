@@ -14,7 +14,6 @@ from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
 from difftrain.export.parity import Call, bare, gate
-from difftrain.export.rewrites import rewritten
 from difftrain.export.trace import BATCH, batches, quiet, traced
 from difftrain.models.foreign import reason
 
@@ -96,7 +95,6 @@ def _program(name: str, piece: Piece, batch: tuple[int, int]) -> torch.onnx.ONNX
             f"`{name}` has no ONNX form ({reason(cause)}): export to `pt2`"
         ) from cause
     inlined.without_sources(made.model)
-    rewritten(made.model)
     return made
 
 

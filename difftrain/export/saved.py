@@ -123,3 +123,4 @@ def label(folder: Path, facts: Mapping[str, str]) -> None:
             said = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         save_file(tensors, path, {**said, **facts})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # else for its owner alone

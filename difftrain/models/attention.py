@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from difftrain.models.eight import Linear
+from difftrain.models.eight import Linear, perceptron
 from difftrain.models.tangent_attention import carried, plain_because
 
 EPS = 1e-6
@@ -68,11 +68,17 @@ class SelfAttention(nn.Module):
         self.proj_drop = nn.Dropout()
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = _parted(self.qkv(x), 3, self.heads)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = turn(q, rotation), turn(k, rotation)
         return self.proj_drop(self.proj(attend(q, k, v, **self.way)))
+
+
+def _parted(product: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[B, heads, T, D] each, of one product [B, T, parts * heads * D]. They are parted behind the
+    batch: engine libraries then make one product, where parts in front of it become three."""
+    return product.unflatten(2, (parts, heads, -1)).permute(0, 2, 3, 1, 4).unbind(1)
 
 
 def _head_norm(kind: str, width: int) -> nn.Module:
@@ -97,7 +103,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        k, v = self.kv(text).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = _parted(self.kv(text), 2, self.heads)
         return self.proj_drop(self.proj(attend(q, k, v, **self.way)))
 
 
@@ -110,6 +116,8 @@ class Gelu(nn.Module):
         self.drop = nn.Dropout()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fc1.small and self.fc2.small and isinstance(self.drop, nn.Identity):
+            return perceptron(x, self.fc1, self.fc2)
         return self.fc2(self.drop(F.gelu(self.fc1(x), approximate="tanh")))
 
 

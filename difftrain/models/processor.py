@@ -49,7 +49,7 @@ def _heads(attn, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     biases = [layer.bias for layer in layers]
     bias = None if biases[0] is None else torch.cat(biases)
     made = moved(F.linear, x, weight, bias).unflatten(2, (len(layers), attn.heads, -1))
-    return made.permute(2, 0, 3, 1, 4).unbind()
+    return made.permute(0, 2, 3, 1, 4).unbind(1)
 
 
 class Gated(nn.Module):

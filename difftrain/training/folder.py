@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import difftrain
-from difftrain.compiler.texts import MANIFEST, SPEC, read
+from difftrain.compiler.texts import MANIFEST, SPEC, Texts, read, write
 from difftrain.training.bundle import Bundle, open_bundle
 from difftrain.training.state import CheckpointError, newest
 
@@ -43,6 +43,21 @@ def place(bundle: Bundle, resume: str, out: str | None) -> tuple[Path, Path | No
     if _taken(folder) and not ours:
         raise FolderError(f"`{folder}` is there already{_why_not(folder, resume)}")
     return folder, checkpoint
+
+
+def begun(folder: Path, texts: Texts) -> None:
+    """Writes what a run is made of into its folder; of two new runs that begin at once one gets it.
+    Raises FolderError."""
+    new = not _taken(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if new:
+        try:
+            (folder / MANIFEST).open("x").close()
+        except FileExistsError as problem:
+            raise FolderError(
+                f"another run began in `{folder}` meanwhile: give another folder"
+            ) from problem
+    write(texts, folder)
 
 
 def _why_not(folder: Path, resume: str) -> str:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from difftrain.compiler import kept, lowering, texts
+from difftrain.compiler import kept, lowering
 from difftrain.language.options import Run
 from difftrain.language.spec import Objective
 from difftrain.training import averages, evaluate, samples, state
 from difftrain.training.bundle import Bundle, block, each_part, recipe, step_inputs, text_part
-from difftrain.training.folder import place
+from difftrain.training.folder import begun, place
 from difftrain.training.keeping import Keeping
 from difftrain.training.known import Known, found, told
 from difftrain.training.latents import Prepared
@@ -102,7 +102,7 @@ def open_session(
     prepared = prepare(seen, ahead=state.FORWARDS[train["precision"]])
     other = prepare(unseen) if unseen else None
     try_out(objective, parts, prepared, bundle.manifest["time"][0] == "index")
-    texts.write(bundle.texts, folder)
+    begun(folder, bundle.texts)
     say(f"training `{bundle.name}` on {seen!r}: {parts.plan.size:,} weights, {device}, in {folder}")
     _doubts(objective, parts, train, widths)
     return Session(
