@@ -212,7 +212,7 @@ def test_what_was_measured_before_the_time_was_up_is_shown(tool, bench, tmp_path
     assert time.monotonic() - began < 9
     shown = tool.table(one.rows).splitlines()
     assert shown[0].startswith("a GPU, torch 2.13, fp16")
-    assert "| dit-jump1 | 1 | tensorrt, static | 2.00 | 500.0 |  | 1.0e-03 |  | 9 s |" in shown
+    assert "| dit-jump1 | 1 | tensorrt | 2.00 | 500.0 |  | 1.0e-03 |  | 9 s |" in shown
     assert sum(line.endswith(f"| {late} | | | | | |") for line in shown) == len(one.rows) - 1 == 5
     assert len(json.loads(file.read_text())) == 6
 
@@ -234,9 +234,9 @@ def test_the_table(tool):
     assert "unet-lcm4 is a plain UNet under `multistep`, without `w`" in title
     assert lines == [
         "| run | 16 | eager | 3.00 | 500.0 | 2.0e-03 | 1.0e-03 |  | 9 s |",
-        "| dit-jump1 | 1 | rtx 1, static | 2.00 | 500.0 | 2.0e-03 | 1.0e-03 | 2.00x | 9 s |",
-        "| dit-jump1 | 1 | compile, static | 4.00 | 500.0 | 2.0e-03 | 1.0e-03 | 1.00x | 9 s |",
-        "| dit-jump1 | 1 | rtx 1, whole, static | 1.00 | 500.0 |  | 1.0e-03 | 4.00x | 9 s |",
+        "| dit-jump1 | 1 | rtx 1 | 2.00 | 500.0 | 2.0e-03 | 1.0e-03 | 2.00x | 9 s |",
+        "| dit-jump1 | 1 | compile, one size | 4.00 | 500.0 | 2.0e-03 | 1.0e-03 | 1.00x | 9 s |",
+        "| dit-jump1 | 1 | rtx 1, whole | 1.00 | 500.0 |  | 1.0e-03 | 4.00x | 9 s |",
         "| dit-jump1 | 8 | pt2 | a / b | | | | | |",
     ]
     assert {line.count("|") for line in (head, rule, *lines)} == {10}
@@ -251,7 +251,7 @@ def test_a_run_is_measured_and_shown(run, tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     *_, eager, compiled = sorted(ended.stdout.splitlines(), key=lambda line: "compile," in line)
     assert ended.returncode == 0 and eager in ended.stdout.splitlines()[-2:], ended.stderr
-    for line, name in ((eager, "eager"), (compiled, "compile, static")):
+    for line, name in ((eager, "eager"), (compiled, "compile, one size")):
         work, batch, column, ms, images, one, latents, ratio, took = line.strip("| ").split(" | ")
         assert (work, batch, column) == ("run", "2", name), ended.stderr
         assert float(images) == pytest.approx(2000 / float(ms), rel=0.1)

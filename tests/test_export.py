@@ -257,6 +257,18 @@ def test_what_parts_from_the_run_leaves_nothing(run, tmp_path, monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
+def test_a_batch_that_has_kernels_of_its_own_is_held_against_the_run(run):
+    with made(run("unet")) as (_, parts):
+        own = parity.bare(parts)
+
+        def wrong_alone(name, inputs):
+            return tuple(value * (1 + (len(value) == 1)) for value in own(name, inputs))
+
+        parity.every_size(parts, wrong_alone, {"backbone": [2, 8], "decode": [8]}, "fp32")
+        with pytest.raises(Parted, match="in a batch of 1 the relative error of `decode` is 1.0e"):
+            parity.every_size(parts, wrong_alone, {"backbone": [2], "decode": [8, 1]}, "fp32")
+
+
 def test_the_evaluation_where_they_part_is_named(run):
     """A network that goes wrong from the third evaluation on."""
     with made(run("arrays"), solver="euler(steps = 12)") as (it, parts):

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -59,7 +58,7 @@ def test_a_file_asks_for_its_folder_alone(folder, monkeypatch):
 
 def test_a_run_goes_on_where_it_began(folder):
     (folder / MANIFEST).write_text(BUNDLE.texts[MANIFEST])
-    assert place(BUNDLE, "auto", str(folder)) == (folder, None)
+    assert place(BUNDLE, "auto", str(folder)) == (folder, None, False)
 
 
 @pytest.mark.parametrize("text", ["", '{"graph": "a', "{}", "[]", "\xe9", '{"graph": "b2"}', None])
@@ -76,21 +75,12 @@ def test_a_run_does_not_go_on_in_a_folder_that_is_not_its_own(folder, text):
     assert (folder / SPEC).read_text() == "diff 1\n"
 
 
-def test_a_run_that_goes_on_writes_its_texts_anew(folder):
-    begun(folder, {MANIFEST: "1", "step.py": ""})
-    begun(folder, {MANIFEST: "2"})
-    assert (folder / MANIFEST).read_text() == "2"
-
-
-def test_of_two_runs_that_begin_at_once_one_gets_the_folder(folder, monkeypatch):
-    make = Path.mkdir
-
-    def while_another_begins(path, **options):
-        monkeypatch.undo()
-        make(path, **options)
-        begun(path, {MANIFEST: "theirs"})
-
-    monkeypatch.setattr(Path, "mkdir", while_another_begins)
+def test_of_two_runs_that_found_a_folder_new_one_gets_it(folder):
+    _, _, new = place(BUNDLE, "", str(folder))
+    assert new
+    begun(folder, {MANIFEST: "theirs", "step.py": ""}, new)
     with pytest.raises(FolderError, match="another run began in `.*out` meanwhile"):
-        begun(folder, {MANIFEST: "ours"})
+        begun(folder, {MANIFEST: "ours"}, new)
     assert (folder / MANIFEST).read_text() == "theirs"
+    begun(folder, {MANIFEST: "theirs, gone on with"}, False)
+    assert (folder / MANIFEST).read_text() == "theirs, gone on with"

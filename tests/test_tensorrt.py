@@ -506,7 +506,7 @@ def test_an_engine_that_does_not_run_is_told(sided):
     run, damaged = sided[0], engine.Engine(b"no engine", about(batch=[1, 8]))
     made = pieces(run, "fp16")
     with pytest.raises(ExportError) as problem:
-        tensorrt._held(run, made, tensorrt.running(made, dict.fromkeys(made, damaged)))
+        tensorrt._held(run, made, tensorrt.running(made, dict.fromkeys(made, damaged)), {})
     says = str(problem.value)
     assert says.startswith("the engine `sampler` does not run here: ")
     assert says.endswith("; export to another target, such as `onnx`")

@@ -113,6 +113,8 @@ def main() -> None:
     add("--portable", action="store_true", help="engines for every GPU, not for this one")
     add("--mode", default="max-autotune-no-cudagraphs", help="of torch.compile")
     args = parser.parse_args()
+    if args.more and not args.json:
+        parser.error("`--more` goes on with the file of `--json`: name it")
     if args.cache:
         os.environ |= caches(args.cache.resolve())
     bench = Bench(args)
@@ -247,8 +249,8 @@ def crashed(file: Path) -> str:
 # ---- the table
 
 SHOWN = {  # behind a column's name
-    WHOLE: ", whole, static",
-    **dict.fromkeys(("tensorrt", *ALONE), ", static"),
+    WHOLE: ", whole",
+    **dict.fromkeys(ALONE, ", one size"),
 }
 HEAD = "| work | batch | column | ms | images/s | one call | latents | to compile | built in |"
 TIMED = (

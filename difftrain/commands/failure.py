@@ -75,13 +75,16 @@ def failure(error: Exception) -> Failure:
 # What loaders say of a library that ends too early.
 CUT_OFF = re.compile(r"(/.+\.so): (file too short|cannot read file data|invalid ELF header)")
 
+COMPILED = re.compile(r"c[a-z2-7]{51}(\.main)?\.so")  # as torch calls them, by a hash
+
 
 def _cut_off(error: BaseException | None) -> Path | None:
     """The library in torch's cache that could not be loaded for an error. The cache holds one in a
     folder called like the second and third letter of its name."""
     while error is not None:
         found = CUT_OFF.search(str(error)) if isinstance(error, OSError | ImportError) else None
-        if found and (file := Path(found[1])).parent.name == file.name[1:3]:
+        file = Path(found[1] if found else "")
+        if COMPILED.fullmatch(file.name) and file.parent.name == file.name[1:3]:
             return file
         error = error.__cause__ or error.__context__
     return None

@@ -156,8 +156,9 @@ def _from_onnx(source: Source, profile: Profile, maker: Library) -> Made:
     if not parser.parse_from_file(str(source.onnx)):
         raise ExportError(_none(source, parser.get_error(0).desc().partition("\n")[0]))
     described = _described(network)
-    whole = [[profile.low, profile.high]]
-    for ranges in (profile.ranges, whole):  # some convolutions have no engine for one size alone
+    ranged, whole = profile.ranges, [[profile.low, profile.high]]
+    # some convolutions have no engine for one size alone
+    for ranges in [ranged, whole] if ranged != whole else [whole]:
         config = _config(trt, builder, described["inputs"], profile, ranges)
         data = builder.build_serialized_network(network, config)
         if data is not None:

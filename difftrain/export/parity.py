@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -82,6 +82,24 @@ def gate(run: Opened, made: Mapping[str, Piece], call: Call, precision: str) -> 
         )
         _judge(report, precision, lambda: passed or _steps(run, made, call, eager), eager)
     return report
+
+
+def every_size(
+    made: Mapping[str, Piece], call: Call, sizes: Mapping[str, Iterable[int]], precision: str
+) -> None:
+    """Holds what was exported against its own modules at batches of `sizes`, for which engines may
+    have kernels of their own. Raises Parted."""
+    own = bare(made)
+    for name, count in [(name, count) for name, counts in sizes.items() for count in counts]:
+        inputs = made[name].example(count)
+        both = (call(name, inputs), own(name, inputs))
+        error = apart(*(torch.cat([value.flatten().cpu() for value in each]) for each in both))
+        if not error <= TOLERANCE[precision]:
+            raise Parted(
+                f"what was exported parts from the run: in a batch of {count} the relative error of"
+                f" `{name}` is {error:.1e}, and {TOLERANCE[precision]:.0e} is allowed in"
+                f" {precision}; {_hint(precision)}"
+            )
 
 
 def sampled(run: Opened) -> Eager:
@@ -220,11 +238,15 @@ def _judge(report: Report, precision: str, steps: Callable[[], list[Tensor]], ea
     if wrong is None:
         return
     where = _where(steps(), eager, report.allowed) if wrong == "latents" else ""
-    hint = "export with `precision = fp32`" if precision != "fp32" else "export to another target"
     raise Parted(
         f"what was exported parts from the run: the relative error of `{wrong}` is"
-        f" {errors[wrong]:.1e}{where}, and {report.allowed:.0e} is allowed in {precision}; {hint}"
+        f" {errors[wrong]:.1e}{where}, and {report.allowed:.0e} is allowed in {precision};"
+        f" {_hint(precision)}"
     )
+
+
+def _hint(precision: str) -> str:
+    return "export to another target" if precision == "fp32" else "export with `precision = fp32`"
 
 
 def _where(passed: list[Tensor], eager: Eager, allowed: float) -> str:

@@ -15,6 +15,7 @@ from difftrain.export.errors import ExportError
 from difftrain.models.codec import Codec
 from difftrain.models.text import ALL_TOKENS, TextEncoder
 from difftrain.models.tokenizer import END, START
+from difftrain.training.state import shared
 
 # of a codec whose latents are moved by its convolutions
 BESIDE = {
@@ -123,4 +124,4 @@ def label(folder: Path, facts: Mapping[str, str]) -> None:
             said = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         save_file(tensors, path, {**said, **facts})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # else for its owner alone
+        shared(path)

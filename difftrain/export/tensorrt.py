@@ -21,7 +21,7 @@ from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
 from difftrain.export.package import encoders, pack
-from difftrain.export.parity import Call, Report, by_step, gate
+from difftrain.export.parity import Call, Report, by_step, every_size, gate
 from difftrain.export.running import Refused, Runner
 from difftrain.export.trace import batches, traced
 from difftrain.models.errors import PartError
@@ -121,15 +121,25 @@ def _sized(run: Opened, size: int, profile: Profile, maker: Library, say: Say) -
         }
         files = {name: source.onnx for name, (source, _) in sources.items()}
         call = running(made, engines) if here else onnx.sessions(made, files, run.device)
-        report = _held(run, made, call if "backbone" in sources else by_step(made, call))
+        asked = call if "backbone" in sources else by_step(made, call)
+        report = _held(run, made, asked, engines if here else {})
     say(f"{'engines' if here else 'ONNX files, as here is no GPU'}: {report}")
     return Sized(run, made, {n: e for n, e in engines.items() if n != "backbone"}, report)
 
 
-def _held(run: Opened, made: Mapping[str, Piece], call: Call) -> Report:
-    """How far what is called is from the run. Raises ExportError, also for engines that fail."""
+def _held(
+    run: Opened, made: Mapping[str, Piece], call: Call, engines: Mapping[str, Engine]
+) -> Report:
+    """How far what is called is from the run, and the `engines` with all their kernels. Raises
+    ExportError, also for engines that fail."""
+    precision = run.target["precision"]
+    sizes = {
+        n: {min(low + 1, high) for low, high in it.about["profiles"]} for n, it in engines.items()
+    }
     try:
-        return gate(run, made, call, run.target["precision"])
+        report = gate(run, made, call, precision)
+        every_size(made, call, sizes, precision)
+        return report
     except Refused as problem:
         raise ExportError(f"{problem}; export to another target, such as `onnx`") from problem
 

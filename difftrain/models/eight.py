@@ -1,8 +1,9 @@
 """Matrix products of eight bits for the blocks of transformers.
 
 Numbers are e4m3 (arXiv:2209.05433) with a scale for each row, a power of two, and sums are fp32.
-Each tensor is made small once. The gradient of a weight, a sum over all tokens, is a product of the
-same numbers turned, with one scale for all: what moves between powers of two keeps its digits.
+Each tensor is made small once. What a product of a backward reads turned, the weight for the
+gradient of x and both sides for that of the weight, is the same numbers with one scale for all:
+what moves between powers of two keeps its digits.
 """
 
 from __future__ import annotations
@@ -171,7 +172,9 @@ def _pairs(tensors: Sequence[Tensor]) -> list[Small]:
 RISE, BEND = math.sqrt(8 / math.pi), 0.044715  # of GELU by tanh, arXiv:1606.08415 section 2
 
 
-def _gelu(x: Tensor, weight: Tensor, bias: Tensor, second: Tensor, last: Tensor):
+def _gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, second: Tensor, last: Tensor
+) -> tuple[Tensor, Sequence[Tensor]]:
     """gelu(x w' + bias) second' + last. |gelu(y)| <= |y| and |gelu'(y)| < 1.13: so y, and below the
     gradient of gelu(y), say what rows can reach."""
     y, kept = _linear(x, weight, bias)

@@ -21,10 +21,10 @@ def moved(layer: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None
     """layer(x, weight, bias), affine in x, beside the tangent layer(that of x, weight)."""
     if not _once() or _moves(weight) or _moves(bias):
         return layer(x, weight, bias)
-    x, along = forward_ad.unpack_dual(x, level=LEVEL)
-    value = layer(x, weight, bias)
-    if along is None:
-        return value
+    primal, along = forward_ad.unpack_dual(x, level=LEVEL)
+    if along is None:  # or one that is there when this runs, and was not when it was compiled
+        return layer(x, weight, bias)
+    value = layer(primal, weight, bias)
     return forward_ad.make_dual(value, layer(along, weight, None), level=LEVEL)
 
 
@@ -43,6 +43,8 @@ def _moves(weight: Tensor | None) -> bool:
 
 
 class Linear(nn.Linear):
+    """torch's, with one product for the tangent."""
+
     def forward(self, x: Tensor) -> Tensor:
         return moved(F.linear, x, self.weight, self.bias)
 

@@ -67,10 +67,11 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def carried(q: Tensor, k: Tensor, v: Tensor, values=fused) -> Tensor:
     """softmax(q k / sqrt(d)) v with the tangent that follows from those of q [B, H, T, d] and
     k, v [B, H, S, d]: [B, H, T, d] in the precision of v. `values` is a kernel without tangent."""
-    pairs = [forward_ad.unpack_dual(x.to(v.dtype), level=LEVEL) for x in (q, k, v)]
-    primals = [pair.primal for pair in pairs]
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    pairs = [forward_ad.unpack_dual(x, level=LEVEL) for x in (q, k, v)]
     if all(pair.tangent is None for pair in pairs):
-        return F.scaled_dot_product_attention(*primals)
+        return F.scaled_dot_product_attention(q, k, v)
+    primals = [pair.primal for pair in pairs]
     tangents = [torch.zeros_like(p) if t is None else t for p, t in pairs]
     o, logsumexp = values(*primals)
     return forward_ad.make_dual(o, _operator()(*primals, *tangents, o, logsumexp), level=LEVEL)

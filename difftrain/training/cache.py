@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from difftrain.training.state import shared
+
 Say = Callable[[str], object]
 warn: Say = logging.getLogger("difftrain").warning
 
@@ -52,7 +54,7 @@ def _keep(path: Path, key: str, name: str, value: Tensor, say: Say) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value}, part, {"key": key, "sha256": _digest(value)})
-        part.chmod(path.parent.stat().st_mode & 0o666)  # it is written for its owner alone
+        shared(part)
         part.replace(path)
     except (SafetensorError, OSError) as cause:
         why = (getattr(cause, "strerror", None) or str(cause)).lower()

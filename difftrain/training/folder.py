@@ -24,8 +24,9 @@ class FolderError(Exception):
     """A folder that cannot be used as asked; the message says which one and what to do."""
 
 
-def place(bundle: Bundle, resume: str, out: str | None) -> tuple[Path, Path | None]:
-    """The folder of a run, and the checkpoint to go on from; `resume` is "", "auto" or a path.
+def place(bundle: Bundle, resume: str, out: str | None) -> tuple[Path, Path | None, bool]:
+    """The folder of a run, the checkpoint to go on from, and whether the folder is a new one;
+    `resume` is "", "auto" or a path.
 
     A new run never gets a folder that holds something. Raises FolderError and CheckpointError.
     """
@@ -40,15 +41,15 @@ def place(bundle: Bundle, resume: str, out: str | None) -> tuple[Path, Path | No
         folder = Path(out) if out else _free(bundle.name)
     ours = _holds(folder, checkpoint) or (resume == "auto" and _belongs(folder, bundle))
     writable(folder)
-    if _taken(folder) and not ours:
+    taken = _taken(folder)
+    if taken and not ours:
         raise FolderError(f"`{folder}` is there already{_why_not(folder, resume)}")
-    return folder, checkpoint
+    return folder, checkpoint, not taken
 
 
-def begun(folder: Path, texts: Texts) -> None:
-    """Writes what a run is made of into its folder; of two new runs that begin at once one gets it.
+def begun(folder: Path, texts: Texts, new: bool) -> None:
+    """Writes what a run is made of into its folder; of two runs for which it was `new` one gets it.
     Raises FolderError."""
-    new = not _taken(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if new:
         try:

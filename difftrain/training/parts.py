@@ -219,8 +219,8 @@ def visiting(module: nn.Module, device) -> Iterator[None]:
     """Inside, a module is on a device; afterwards it is where it was."""
     tensors = chain(module.parameters(), module.buffers())
     home = next((tensor.device for tensor in tensors), device)
-    module.to(device)
     try:
+        module.to(device)
         yield
     finally:
         module.to(home)

@@ -8,7 +8,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -101,11 +102,18 @@ def loop(session: Session) -> None:
 
 
 def _stepped(session: Session, step: Stepper, batch: dict, fixed: tuple) -> dict[str, Tensor]:
-    """What one step logs. Raises RunFailed where the memory is full."""
-    try:
+    """What one step logs."""
+    with _memory(session, "", SMALLER):
         return step(session.state, batch, *fixed)
+
+
+@contextmanager
+def _memory(session: Session, when: str, advice: str) -> Iterator[None]:
+    """Raises RunFailed where the memory is full."""
+    try:
+        yield
     except torch.OutOfMemoryError as cause:
-        raise RunFailed(_stopped(session, "the memory is full", SMALLER)) from cause
+        raise RunFailed(_stopped(session, f"the memory is full{when}", advice)) from cause
 
 
 def _due(session: Session, done: int, option: str) -> bool:
@@ -118,6 +126,7 @@ def _due(session: Session, done: int, option: str) -> bool:
 
 
 SMALLER = "try a smaller `data.batch`"
+FEWER = "draw fewer with `sample.count`, or try a smaller `data.batch`"
 SLOWER = "try a smaller learning rate"
 
 
@@ -188,7 +197,8 @@ def grid(session: Session, done: int) -> Path:
         session.bundle, session.programs, session.parts, session.state["average"], done
     )
     path = session.folder / "samples" / f"step-{done:09d}{samples.ending(session.data)}"
-    return samples.draw(model, session.sample, session.data["size"], prompts(session), path)
+    with _memory(session, " while samples are drawn", FEWER):
+        return samples.draw(model, session.sample, session.data["size"], prompts(session), path)
 
 
 def finish(session: Session) -> None:
@@ -206,7 +216,8 @@ def finish(session: Session) -> None:
 
 
 def _validate(session: Session, unseen: Prepared) -> None:
-    result = evaluate.validate(session.programs, session.parts, session.state, unseen)
+    with _memory(session, " while losses on unseen data are computed", SMALLER):
+        result = evaluate.validate(session.programs, session.parts, session.state, unseen)
     say(str(result))
     known = {name: None if value != value else value for name, value in vars(result).items()}
     written = json.dumps(known, indent=2) + "\n"

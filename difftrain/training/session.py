@@ -86,7 +86,7 @@ def open_session(
     options = {kind: block(spec, kind) for kind in ("data", "train", "sample")}
     train, device = options["train"], lowering.device(options["train"]["device"])
     _possible(bundle, train, options["sample"], device)
-    folder, checkpoint = place(bundle, resume or train["resume_from"], out)
+    folder, checkpoint, new = place(bundle, resume or train["resume_from"], out)
     objective, widths = spec.objective(), averages.tracked(recipe(spec))
     condition = condition_field(objective)
     seen = opened(options["data"], "train", condition, data)
@@ -102,7 +102,7 @@ def open_session(
     prepared = prepare(seen, ahead=state.FORWARDS[train["precision"]])
     other = prepare(unseen) if unseen else None
     try_out(objective, parts, prepared, bundle.manifest["time"][0] == "index")
-    begun(folder, bundle.texts)
+    begun(folder, bundle.texts, new)
     say(f"training `{bundle.name}` on {seen!r}: {parts.plan.size:,} weights, {device}, in {folder}")
     _doubts(objective, parts, train, widths)
     return Session(

@@ -79,8 +79,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]
     save_file(
         tensors, partial, {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
     )
-    partial.chmod(path.parent.stat().st_mode & 0o666)  # it is written for its owner alone
+    shared(partial)
     os.replace(partial, path)
+
+
+def shared(file: Path) -> None:
+    """Lets those read a file, and its group write it, who may do so with its folder: safetensors
+    writes for the owner alone."""
+    file.chmod(file.parent.stat().st_mode & 0o664)
 
 
 def buffers(state: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ def main(task: str, result: str) -> None:
         faulthandler.enable(last)
         for row in measured(run, told):
             print(json.dumps(row), file=out)
+        faulthandler.disable()
 
 
 def measured(run: Opened, told: Mapping) -> Iterator[Row]:
@@ -244,17 +245,21 @@ def _tensorrt(run: Opened, told: Mapping, name: str = "step") -> tuple[Engines, 
         file = onnx.write(made, Path(folder), ends, str, ["backbone"])[name]
         source = Source(name, file, partial(traced, name, made[name], ends))
         profile = Profile(*ends, portable=told["portable"])
-        engines = {size: _engine(source, profile, size, maker) for size in told["batches"]}
+        engines, static = _engines(source, profile, told["batches"], maker)
     runners = {size: Runner(name, it.data, it.about) for size, it in engines.items()}
-    return Engines(runners), {"library": f"{maker.package} {maker.version}"}
+    kind = "one size" if static else "all sizes"
+    return Engines(runners), {"library": f"{maker.package} {maker.version}, {kind}"}
 
 
-def _engine(source: Source, profile: Profile, size: int, maker: Library) -> Engine:
-    """An engine for one size, or where that has none, for all."""
+def _engines(
+    source: Source, profile: Profile, sizes: Sequence[int], maker: Library
+) -> tuple[dict[int, Engine], bool]:
+    """An engine for each size alone, or where one has none, one for all; and which it is."""
     try:
-        return build(source, replace(profile, low=size, high=size), maker)
+        every = [build(source, replace(profile, low=n, high=n), maker) for n in sizes]
+        return dict(zip(sizes, every, strict=True)), True
     except ExportError:
-        return build(source, profile, maker)
+        return dict.fromkeys(sizes, build(source, profile, maker)), False
 
 
 class Engines:
