@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from difftrain.cli import main
-from difftrain.training import samples, state
+from difftrain.commands.failure import FAILED
+from difftrain.training import evaluate, samples, state
 from difftrain.training.bundle import Bundle, compile_spec
 
 LAST = "checkpoints/step-000000004.safetensors"
@@ -135,6 +136,18 @@ def test_a_run_of_no_steps_is_kept_as_well(here, capsys):
     assert load_file(first)["turn"] == 0
     code, said = told(capsys, "train", "--steps", "1", "--resume", str(first), "--out", "one")
     assert code == 0 and f"resumed at step 0 from {first}" in said
+
+
+@pytest.mark.parametrize(("module", "name"), [(samples, "draw"), (evaluate, "validate")])
+def test_memory_that_is_full_behind_the_steps_is_told(here, monkeypatch, capsys, module, name):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    here(held_out=3)
+    monkeypatch.setattr(module, name, full)
+    code, said = told(capsys, "train", "--steps", "1")
+    assert code == FAILED and "the memory is full while" in said[-1]
+    assert "the last checkpoint is runs/tiny/checkpoints" in said[-1]
 
 
 def test_after_a_run_garbage_is_looked_for_everywhere(here):

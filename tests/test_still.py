@@ -54,6 +54,13 @@ def same(found, expected):
 # ---- derivatives
 
 
+def test_a_tangent_that_was_not_there_when_it_was_compiled():
+    layer, standing, x = made("linear")
+    torch._dynamo.reset()
+    compiled = torch.compile(standing, backend="eager")
+    same(torch.func.jvp(compiled, (x,), (x,)), torch.func.jvp(layer, (x,), (x,)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_tangents_are_torch_s(kind):
     layer, standing, x = made(kind)
