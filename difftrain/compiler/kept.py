@@ -57,8 +57,8 @@ def _triton() -> str:
 
 
 def load(device: torch.device) -> None:
-    """Imports torch's compiler, compiling a step and reading one need it; meanwhile a GPU is woken,
-    as neither waits for the other."""
+    """Imports torch's compiler, which steps are compiled and read by; a GPU wakes meanwhile, as
+    neither waits for the other."""
     with ThreadPoolExecutor(1) as beside:
         woken = beside.submit(_wake, device)
         with _uncollected():

@@ -289,8 +289,8 @@ def encoded(
     tokens = None if parts.text is None else (lambda texts, length: parts.text.ids(texts))
     where = {"cache": cache, "device": device, "say": say}
     with torch.no_grad(), exact():
-        with visiting(parts.codec, device):
-            prepared = prepare(found, parts.codec, tokens, size, images=images, **where)
+        parts.codec.to(device)
+        prepared = prepare(found, parts.codec, tokens, size, images=images, **where)
         parts.codec.to("cpu")
         if ahead is None or not frozen(parts.text):
             return prepared
