@@ -167,11 +167,10 @@ def _from_onnx(source: Source, profile: Profile, maker: Library) -> Made:
 
 
 def _config(trt: ModuleType, builder, inputs: Tensors, profile: Profile, ranges: Iterable):
-    """How a network becomes an engine: its batches, memory that callers give (so that a CUDA graph
-    can hold a loop over the engine), and the GPU."""
+    """How a network becomes an engine: its batches, and the GPU. Not REQUIRE_USER_ALLOCATION: with
+    it TensorRT-RTX 1.4 reads a null pointer in the first call of a range of batches."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if profile.refit:
         config.set_flag(trt.BuilderFlag.REFIT)
     if not profile.portable:
