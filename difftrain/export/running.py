@@ -67,8 +67,9 @@ class Runner:
                 )
             self.context.set_tensor_address(name, value.data_ptr())
         made = [self._output(name) for name in self.outputs]
+        said = log(self.trt)
         if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise Refused(f"the engine `{self.name}` failed while it ran", 4)
+            raise Refused(f"the engine `{self.name}` failed while it ran: {said.first()}", 4)
         return made
 
     def _context(self, number: int):
@@ -81,11 +82,18 @@ class Runner:
         if started and number:  # a context begins with the first profile
             started = context.set_optimization_profile_async(number, stream.cuda_stream)
         if not started:
-            raise Refused(f"the engine `{self.name}` does not start here: {said.first()}", 4)
+            raise Refused(
+                f"the engine `{self.name}` does not start here: {said.first()}{self._own()}", 4
+            )
         context.set_device_memory(self.memory.data_ptr(), len(self.memory))
         stream.synchronize()
         self.contexts[number] = context
         return context
+
+    def _own(self) -> str:
+        """What to do where an engine for every GPU has no kernels for this one."""
+        many = self.about["gpu"].endswith("later")
+        return "; export on this machine with `portable = false`" if many else ""
 
     def _output(self, name: str) -> Tensor:
         kind = getattr(torch, TYPES[self.engine.get_tensor_dtype(name).name])
@@ -119,7 +127,9 @@ class Runner:
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """A tensor as the library reads one: whole, and where its memory may begin."""
+    """A tensor as the library reads one, which takes any address for one of the GPU: there, whole,
+    and where its memory may begin."""
+    value = value.cuda()
     fits = value.is_contiguous() and value.data_ptr() % ALIGNMENT == 0
     return value if fits else value.clone(memory_format=torch.contiguous_format)
 
