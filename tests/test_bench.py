@@ -86,6 +86,24 @@ def test_ours_is_a_run_that_steps(tool):
         assert ours.forward(session, 2)().shape == (2, 4, 8, 8)
 
 
+LONG = "from bench import one; one.LOOK = 0.05; one.main(*__import__('sys').argv[1:])"
+
+
+def test_what_takes_long_says_where_it_is(tmp_path):
+    """So that the log of what was not done in time shows whether it compiled."""
+    told = {"spec": "", "precision": "fp32", "network": "dit", "form": "eager", "family": "dit"}
+    sizes = {name: size for name, size in SIZES.items() if name != "side"}
+    told |= {"sizes": sizes, "side": 8, "batch": 2, "dream": False, "passes": 3, "steps": 5}
+    task, result = tmp_path / "a.task", tmp_path / "a.json"
+    task.write_text(json.dumps(told))
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (TOOLS.parent, TOOLS)))}
+    command = [sys.executable, "-c", LONG, str(task), str(result)]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **paths})
+    assert ended.returncode == 0, ended.stderr
+    assert "one.py" in ended.stderr and "in peer_measured" in ended.stderr
+    assert json.loads(result.read_text())["recompiled"] == 0
+
+
 def measured(seconds, **kernels):
     """What a contender of the table may have been found to do."""
     found = {"seconds": seconds, "kernels": {n: (c, 10.0) for n, c in kernels.items()}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import math
 import sys
@@ -15,12 +16,15 @@ from bench.latents import CLASSES
 from peers.loop import FORMS, Loop
 from peers.networks import NETWORKS
 
+LOOK = 60  # seconds after which it says, again and again, where it is: compiling takes minutes
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(task: str, result: str) -> None:
     told = json.loads(Path(task).read_text())
+    faulthandler.dump_traceback_later(LOOK, repeat=True)
     found = ours_measured(told) if told["spec"] else peer_measured(told)
+    faulthandler.cancel_dump_traceback_later()
     rate = gauge.matmul_rate()
     if not math.isfinite(found["loss"]):
         raise ArithmeticError(f"the loss is {found['loss']} after {told['steps']} steps")
