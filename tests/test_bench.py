@@ -249,6 +249,18 @@ def test_works_wait_for_room_on_a_gpu(tool, tmp_path, monkeypatch):
     assert paused.waited(1.5, 6.0) == 2.5
 
 
+def test_what_waits_for_room_beside_something_is_not_overtaken_there(tool, tmp_path):
+    crew, ended = tool("bench.crew"), []
+    naps = ("-c", "import time; time.sleep(0.5)")
+    first = crew.Work(naps, tmp_path / "first", 40.0)
+    near = crew.Work(naps, tmp_path / "near", 50.0, beside=first.result)
+    small = crew.Work(naps, tmp_path / "small", 30.0)
+    one = crew.Crew(["0"], 2, 60, lambda running, _: ended.append(running.work.result.name))
+    one.room["0"] = 75.0
+    one.run([[first], [near], [small]])
+    assert ended == ["first", "near", "small"]
+
+
 def test_what_is_wanted_most_is_measured_first(tool, tmp_path):
     step, rows = tool("bench_step"), tool("bench.rows")
     asked = {name: step.chosen(name, "", tiny=False) for name in rows.WHOLE}
@@ -257,14 +269,14 @@ def test_what_is_wanted_most_is_measured_first(tool, tmp_path):
     bench = step.Bench(asked, args)
     pieces = bench._pieces(tmp_path)
     keys = [bench.keys[work.result] for (work,) in pieces]
-    assert keys[1] == [("sd15", "ours"), ("dream", "ours")]  # one process for both
+    shared = keys.index([("sd15", "ours"), ("dream", "ours")])  # one process for both
     assert len(pieces) == len({*(key for several in keys for key in several)}) - 2
     order = [key for several in keys for key in several if key in rows.WANTED]
     assert [key for key in order if key[0] != "dream"][:6] == list(rows.WANTED[:6])
     works = {key: work for (work,) in pieces for key in bench.keys[work.result]}
     ours, bare, last = (works["sd15", label] for label in (rows.PLAIN, rows.BARE, rows.LAST))
     assert bare.beside == ours.result == works["dream", rows.DREAM].beside and not last.beside
-    told = json.loads(Path(pieces[1][0].command[1]).read_text())
+    told = json.loads(Path(pieces[shared][0].command[1]).read_text())
     assert told["settings"] == {"data.batch": "16", "train.clip": "0"}
 
 

@@ -169,12 +169,16 @@ class Crew:
             holder.process.send_signal(signal.SIGCONT)
 
     def _start(self, waiting: Sequence[list[Work]]) -> list[Work] | None:
-        """Begins the first piece that some GPU has room for, and returns it."""
+        """Begins the first piece that some GPU has room for, and returns it. What waits for room
+        beside something is not overtaken there: it would wait until nothing smaller is left."""
+        promised: set[str] = set()
         for piece in waiting:
-            gpu = next((gpu for gpu in self._quiet() if self._fits(gpu, piece)), None)
+            free = (gpu for gpu in self._quiet() if gpu not in promised)
+            gpu = next((gpu for gpu in free if self._fits(gpu, piece)), None)
             if gpu is not None:
                 self._begin(piece, gpu)
                 return piece
+            promised |= {self.places[w.beside] for w in piece if w.beside in self.places}
         return None
 
     def _quiet(self) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import math
 import sys
+import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread, get_ident
 
 import torch
 from bench import gauge, ours
@@ -16,15 +18,14 @@ from bench.latents import CLASSES
 from peers.loop import FORMS, Loop
 from peers.networks import NETWORKS
 
-LOOK = 60  # seconds after which it says, again and again, where it is: compiling takes minutes
+LOOK = 60  # seconds after which it says, again and again, where it is
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main(task: str, result: str) -> None:
     told = json.loads(Path(task).read_text())
-    faulthandler.dump_traceback_later(LOOK, repeat=True)
+    Thread(target=look, args=[get_ident()], daemon=True).start()
     found = ours_measured(told) if told["spec"] else peer_measured(told)
-    faulthandler.cancel_dump_traceback_later()
     rate = gauge.matmul_rate()
     if not math.isfinite(found["loss"]):
         raise ArithmeticError(f"the loss is {found['loss']} after {told['steps']} steps")
@@ -32,6 +33,15 @@ def main(task: str, result: str) -> None:
     found |= {"matmul": rate, "share": worth / rate, "torch": torch.__version__}
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     Path(result).write_text(json.dumps(found))
+
+
+def look(thread: int) -> None:
+    """Says where a thread is, for the log of what is not done in time: compiling takes minutes."""
+    began = time.monotonic()
+    while True:
+        time.sleep(LOOK)
+        stack = "".join(traceback.format_stack(sys._current_frames()[thread]))
+        print(f"after {time.monotonic() - began:.0f} s:\n{stack}", file=sys.stderr, flush=True)
 
 
 def ours_measured(told: Mapping) -> dict[str, object]:
