@@ -36,7 +36,8 @@ def main(task: str, result: str) -> None:
 
 
 def look(thread: int) -> None:
-    """Says where a thread is, for the log of what is not done in time: compiling takes minutes."""
+    """Says where a thread is, for the log of what is not done in time: compiling takes minutes.
+    The watchdog of faulthandler reads the stack while it changes, and ended a run."""
     began = time.monotonic()
     while True:
         time.sleep(LOOK)
