@@ -12,7 +12,7 @@ import tiny
 from difftrain.cli import main
 from difftrain.commands import launch
 from difftrain.compiler import texts
-from difftrain.compiler.executable import pack, unpack
+from difftrain.compiler.executable import Damaged, Shelf, pack, place, unpack
 from difftrain.language.options import schema
 from difftrain.training.bundle import RUNTIME, compile_spec
 
@@ -65,6 +65,42 @@ def test_the_same_spec_gives_the_same_bytes(home, tmp_path):
     again = pack(unpack(home / "tiny"), tmp_path / "again")
     assert again.read_bytes() == (home / "tiny").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
+
+
+def damaged(path, name) -> None:
+    """Writes zeros over what lies in an executable under a name."""
+    with zipfile.ZipFile(path) as archive:
+        item = archive.getinfo(name)
+    with path.open("r+b") as file:
+        file.seek(item.header_offset + 30 + len(name))  # a zip's local header
+        file.write(bytes(item.compress_size))
+
+
+def test_what_is_damaged_is_told(home, tmp_path, capsys):
+    file = pack(unpack(home / "tiny"), tmp_path / "file")
+    damaged(file, "bundle/step.py")
+    assert launch.main([str(file), "--steps", "1"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: `bundle/step.py` in `{file}` is not what was written there: compile the spec"
+        " again\n"
+    )
+
+
+@pytest.mark.parametrize("part", ["json", "step"])
+def test_a_damaged_step_is_not_used(tmp_path, part):
+    shelf = Shelf(pack({"spec.diff": "diff 1\n"}, tmp_path / "file"))
+    shelf.put({"batch": 4}, bytes(range(256)) * 4)
+    damaged(shelf.path, f"{place({'batch': 4})}.{part}")
+    with pytest.raises(Damaged, match="is not what was written there: compile the spec again"):
+        shelf.take({"batch": 4})
+
+
+def test_a_damaged_executable_is_compiled_anew(home, tmp_path, monkeypatch):
+    file = pack(unpack(home / "tiny"), tmp_path / "file")
+    damaged(file, "bundle/step.py")
+    monkeypatch.chdir(home)
+    assert main(["compile", "tiny.diff", "--target", "none", "-o", str(file)]) == 0
+    assert unpack(file) == unpack(home / "tiny")
 
 
 # ---- what it does

@@ -59,11 +59,11 @@ def _ahead(bundle, device, made: Path) -> None:
 
 def _compiled(path: Path) -> bool:
     """Whether a file is an executable with a compiled spec."""
-    from difftrain.compiler.executable import unpack
+    from difftrain.compiler.executable import holds
     from difftrain.compiler.texts import MANIFEST
 
     try:
-        return MANIFEST in unpack(path)
+        return holds(path, MANIFEST)
     except BadZipFile:
         return False
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -108,10 +109,27 @@ def _walk(root: Traversable, where: str) -> Iterator[tuple[str, Traversable]]:
 
 
 def unpack(path: str | Path) -> dict[str, str]:
-    """The texts of the bundle in an executable. Raises OSError or zipfile.BadZipFile."""
+    """The texts of the bundle in an executable. Raises OSError, zipfile.BadZipFile or Damaged."""
     with zipfile.ZipFile(path) as archive:
         names = [n for n in archive.namelist() if n.startswith(BUNDLE)]
-        return {n.removeprefix(BUNDLE): archive.read(n).decode() for n in names}
+        return {n.removeprefix(BUNDLE): _read(archive, n).decode() for n in names}
+
+
+def holds(path: str | Path, text: str) -> bool:
+    """Whether an executable has a text of this name. Raises OSError or zipfile.BadZipFile."""
+    with zipfile.ZipFile(path) as archive:
+        return BUNDLE + text in archive.namelist()
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> bytes:
+    """What lies in an executable under a name. Raises Damaged, and KeyError where nothing does."""
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as cause:
+        raise Damaged(
+            f"`{name}` in `{archive.filename}` is not what was written there: compile the spec"
+            " again"
+        ) from cause
 
 
 # ---- compiled steps
@@ -127,7 +145,7 @@ class Shelf:
         """The facts of each, with `sha256` and `bytes`."""
         with zipfile.ZipFile(self.path) as archive:
             names = [n for n in archive.namelist() if n.startswith(COMPILED)]
-            return [json.loads(archive.read(n)) for n in names if n.endswith(".json")]
+            return [json.loads(_read(archive, n)) for n in names if n.endswith(".json")]
 
     def has(self, facts: Mapping) -> bool:
         with zipfile.ZipFile(self.path) as archive:
@@ -137,7 +155,8 @@ class Shelf:
         """The compiled step for these facts. Raises Damaged, and KeyError where there is none."""
         name = place(facts)
         with zipfile.ZipFile(self.path) as archive:
-            page, data = json.loads(archive.read(f"{name}.json")), archive.read(f"{name}.step")
+            page = json.loads(_read(archive, f"{name}.json"))
+            data = _read(archive, f"{name}.step")
         if sha256(data).hexdigest() != page["sha256"]:
             raise Damaged(
                 f"the compiled step in `{self.path}` is not what was written there:"
