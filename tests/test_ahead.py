@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_kept import FACTS, called
 from torch._dynamo.utils import counters
 
 from difftrain.cli import main
+from difftrain.commands import launch
+from difftrain.compiler import kept
+from difftrain.compiler.executable import Shelf, pack, unpack
 from difftrain.training import run
+from difftrain.training.bundle import open_bundle
+from difftrain.training.keeping import Keeping
 
 ROOT = Path(__file__).parent.parent
 SPEC = """diff 1
@@ -122,3 +128,63 @@ def test_a_long_run_compiles_once_and_holds_no_more_memory(home, monkeypatch):
     steps, graphs, peaks = zip(*seen, strict=True)
     assert steps == (50, 100, 150, 200, 250, 300) and set(graphs) == {2}  # gradient and update
     assert peaks[-1] - peaks[1] < 4096  # kilobytes
+
+
+# ---- what a file does not keep, and what is not read out of it
+
+KEPT = "this file has the compiled step, and `--set train.compile=on` reads it"
+NOTHING = "`--store` keeps nothing, since the step is not compiled"
+
+
+@pytest.fixture
+def file(home, monkeypatch):
+    """An executable, without a compiled step."""
+    monkeypatch.chdir(home)
+    assert main(["compile", "waves.diff", "--target", "none"]) == 0
+    return home / "waves"
+
+
+def said(capsys, file: Path, asked: str, *argv: str) -> list[str]:
+    """The lines of a run that ends well, without the progress bar."""
+    assert launch.main([str(file), "--set", f"train.compile={asked}", *argv]) == 0
+    return [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").split("\n")]
+
+
+@pytest.mark.parametrize("asked", ["off", "auto"])
+def test_a_step_that_is_not_compiled_is_not_kept(file, capsys, monkeypatch, asked):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert NOTHING in said(capsys, file, asked, "--store") and Shelf(file).pages() == []
+    assert NOTHING not in said(capsys, file, asked)
+
+
+@pytest.mark.parametrize("steps", ["2", "6"])
+def test_a_kept_step_that_does_not_pay_is_told(file, capsys, monkeypatch, steps):
+    """Its kernels would be compiled again for a CPU, so `auto` counts as ever."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    graph = open_bundle(unpack(file)).manifest["graph"]
+    shapes = {"x0": [4, 1, 4], "index": [4], "weights": [20]}
+    good_for = {**kept.machine(torch.device("cpu")), "graph": graph, "shapes": shapes}
+    assert KEPT not in said(capsys, file, "auto", "--steps", steps)
+    Shelf(file).put(good_for, b"a step")
+    assert KEPT in said(capsys, file, "auto", "--steps", steps)
+    assert KEPT not in said(capsys, file, "off", "--steps", steps)
+
+
+def test_a_step_that_cannot_be_kept_is_run_all_the_same(tmp_path):
+    shelf = Shelf(pack({"spec.diff": "diff 1\n"}, tmp_path / "file"))
+    (tmp_path / f".file.{os.getpid()}").mkdir()  # where it would be written first
+    keeping, (step, args, *rest) = Keeping(shelf, store=True), called("cpu")
+    assert keeping.compiled(step, args, *rest)(*args)["norm"] > 0
+    assert keeping.told(FACTS, had=False, seconds=2.0, reading=0.5).endswith(
+        " 2.0 s to the first step; it cannot be kept in `file`: is a directory"
+    )
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(
+    file, capsys, monkeypatch
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever is root may write
+    assert launch.main([str(file), "--store"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: nothing can be written in `{file.parent}`: give another place for `{file}`\n"
+    )

@@ -47,6 +47,7 @@ def _launch(file: Path, argv: list[str]) -> int:
 
 def _train(files: Mapping[str, str], changes: dict[str, str], args, shelf: Shelf) -> int:
     from difftrain.training.bundle import open_bundle
+    from difftrain.training.folder import writable
     from difftrain.training.keeping import Keeping
     from difftrain.training.run import run
     from difftrain.training.session import say
@@ -54,6 +55,8 @@ def _train(files: Mapping[str, str], changes: dict[str, str], args, shelf: Shelf
     bundle = open_bundle(files)
     if changed := texts.differences(bundle.manifest):
         say(changed)
+    if args.store:
+        writable(shelf.path)
     return run(
         bundle,
         changes,

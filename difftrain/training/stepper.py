@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difftrain.compiler import lowering
+from difftrain.compiler.kept import Facts
 from difftrain.training.keeping import facts
 from difftrain.training.latents import signed
 from difftrain.training.session import Session, say
@@ -66,16 +67,15 @@ class Stepper:
         self.undecided = asked == "auto" and device == "cpu" and bool(lowering.cxx())
         if not self.undecided:
             self._decide(None)
-        elif self.left <= TRIAL:
-            say("not compiled: too few steps are left to gain from it")
+            self._note(None)
 
     def __call__(self, *args) -> dict[str, Tensor]:
         with self.products():
             return self._called(*args)
 
     def _called(self, *args) -> dict[str, Tensor]:
-        if self.undecided and len(self.seconds) == TRIAL:
-            self._decide(min(self.seconds))  # the first steps also wake libraries up
+        if self.undecided and len(self.seconds) == (TRIAL if self.left > TRIAL else 0):
+            self._weigh(*args[:2])
         if self.fresh:
             return self._first(*args)
         if self.undecided:
@@ -87,6 +87,20 @@ class Stepper:
         log = self.step(*args)
         self.seconds.append(time.perf_counter() - started)
         return log
+
+    def _weigh(self, state, batch: dict[str, Tensor]) -> None:
+        """Decides what was left open, once that can be known."""
+        if self.left > TRIAL:
+            self._decide(min(self.seconds))  # the first steps also wake libraries up
+        else:
+            say("not compiled: too few steps are left to gain from it")
+            self.undecided = False
+        self._note(facts(self.session.bundle, state["weights"], batch))
+
+    def _note(self, good_for: Facts | None) -> None:
+        """Says what a step that is not compiled leaves undone."""
+        if not self.fresh and (line := self.session.keeping.unused(good_for)):
+            say(line)
 
     def _decide(self, seconds: float | None) -> None:
         session, self.undecided = self.session, False
