@@ -15,11 +15,11 @@ from torch._dynamo.utils import counters
 
 from difftrain.cli import main
 from difftrain.commands import launch
-from difftrain.compiler import kept
+from difftrain.compiler import kept, texts
 from difftrain.compiler.executable import Shelf, pack, unpack
 from difftrain.training import run
 from difftrain.training.bundle import open_bundle
-from difftrain.training.keeping import Keeping
+from difftrain.training.keeping import Keeping, facts
 
 ROOT = Path(__file__).parent.parent
 SPEC = """diff 1
@@ -161,13 +161,26 @@ def test_a_step_that_is_not_compiled_is_not_kept(file, capsys, monkeypatch, aske
 def test_a_kept_step_that_does_not_pay_is_told(file, capsys, monkeypatch, steps):
     """Its kernels would be compiled again for a CPU, so `auto` counts as ever."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    graph = open_bundle(unpack(file)).manifest["graph"]
-    shapes = {"x0": [4, 1, 4], "index": [4], "weights": [20]}
-    good_for = {**kept.machine(torch.device("cpu")), "graph": graph, "shapes": shapes}
+    good_for = _facts(file)
     assert KEPT not in said(capsys, file, "auto", "--steps", steps)
     Shelf(file).put(good_for, b"a step")
     assert KEPT in said(capsys, file, "auto", "--steps", steps)
     assert KEPT not in said(capsys, file, "off", "--steps", steps)
+
+
+def _facts(file: Path) -> kept.Facts:
+    """What a step of the file would be good for here."""
+    read = {"x0": torch.empty(4, 1, 4), "index": torch.arange(4)}
+    return facts(open_bundle(unpack(file)), torch.empty(20), read)
+
+
+@pytest.mark.parametrize("package", ["diffusers", "transformers"])
+def test_a_step_is_for_the_packages_that_it_was_compiled_with(file, monkeypatch, package):
+    """Networks come of them, and may be others in a later one."""
+    before, versions = _facts(file), texts.versions()
+    assert before == _facts(file)
+    monkeypatch.setattr(texts, "version", lambda name: versions[name] + "1" * (name == package))
+    assert _facts(file) != before
 
 
 def test_a_step_that_cannot_be_kept_is_run_all_the_same(tmp_path):

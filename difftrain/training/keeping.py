@@ -9,15 +9,21 @@ from torch import Tensor
 
 from difftrain.compiler import kept, lowering
 from difftrain.compiler.executable import Shelf
+from difftrain.compiler.texts import versions
 from difftrain.compiler.whole import Step
 from difftrain.training.bundle import Bundle
 
+NETWORKS = ("diffusers", "transformers")
+
 
 def facts(bundle: Bundle, weights: Tensor, batch: Mapping[str, Tensor]) -> kept.Facts:
-    """What a compiled step of a bundle is only good for: a machine, the graph, the shapes."""
+    """What a compiled step of a bundle is only good for: a machine, the packages that networks come
+    of, the graph, the shapes."""
+    packages = {name: number for name, number in versions().items() if name in NETWORKS}
     shapes = {name: list(value.shape) for name, value in batch.items()}
     shapes |= {"weights": list(weights.shape)}
-    return {**kept.machine(weights.device), "graph": bundle.manifest["graph"], "shapes": shapes}
+    what = {"graph": bundle.manifest["graph"], "shapes": shapes}
+    return {**kept.machine(weights.device), **packages, **what}
 
 
 @dataclass(eq=False)
