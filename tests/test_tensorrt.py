@@ -521,8 +521,20 @@ def run_file(file: Path, *argv: str, cwd: Path) -> subprocess.CompletedProcess:
 
 REFUSED = {
     "unrecognized arguments: --bogus: `emoji --help` lists what it takes": ["--bogus"],
-    "argument -n: invalid int value: 'x': `emoji --help` lists what it takes": ["-n", "x"],
+    **{
+        f"argument {option}: `{value}` is no whole number from {between}: `emoji --help` lists what"
+        " it takes": [option, value]
+        for option, between, values in (
+            ("-n", "1 to 100000", ("x", "0", "-3", "100001")),
+            ("--seed", "0 to 4294967295", ("-1", "4294967296")),
+            ("--size", "1 to 100000", ("0",)),
+            ("--batch", "1 to 100000", ("0",)),
+        )
+        for value in values
+    },
     "`a.jpg` must end in .png or .npz": ["-o", "a.jpg"],
+    "`file/a.png` cannot be written: give another file with `-o`": ["-o", "file/a.png"],
+    "`folder.png` cannot be written: give another file with `-o`": ["-o", "folder.png"],
     'say with `--prompt "..."` what to draw': [],
     "this file holds engines for a size of 64, not 96: export again with that size": [
         *("--prompt", "a", "--size", "96"),
@@ -534,7 +546,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("says", "argv"), REFUSED.items())
-def test_what_the_file_refuses(made, capsys, says, argv):
+def test_what_the_file_refuses(made, tmp_path, monkeypatch, capsys, says, argv):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
     assert loader.main([str(made[0]), *argv]) == 2
     assert capsys.readouterr().err == f"error: {says}\n"
 
@@ -576,6 +591,18 @@ def test_a_size_that_the_network_does_not_take(tmp_path):
         tensorrt._takes(replace(backbone, module=Picky()), 64)
     assert str(problem.value).startswith("the network takes no samples of size 64 (RuntimeError: ")
     assert str(problem.value).endswith("): export with other `sizes`")
+
+
+@pytest.mark.parametrize("ending", loader.SAVED)
+def test_what_is_drawn_says_of_which_file_it_is(made, tmp_path, ending):
+    manifest, out = inspected(made[0]), tmp_path / f"drawn{ending}"
+    pictures = np.zeros((1, 8, 8, 3), np.uint8)
+    loader._write(out, manifest, ["a \u732b"], SimpleNamespace(seed=3), pictures)
+    shown = ending == ".png"
+    said = Image.open(out).text if shown else json.loads(str(np.load(out)["settings"]))
+    assert said.pop("seed") == "3" and json.loads(said.pop("prompts")) == ["a \u732b"]
+    assert (said["step"], said["guidance"]) == ("7", "3")
+    assert said == {n: str(manifest[n]) for n in ("spec", "graph", "step", "solver", "guidance")}
 
 
 def test_the_file_tells_about_itself(made, tmp_path):

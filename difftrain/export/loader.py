@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import NoReturn
@@ -28,6 +30,9 @@ from difftrain.models.labels import Labels
 
 MANIFEST = "manifest.json"
 SAVED = (".png", ".npz")
+MOST = 100_000  # samples drawn by one command
+SEEDS = 2**32
+MADE_BY = ("spec", "graph", "step", "solver", "guidance")  # what samples say of their file
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,13 +74,23 @@ def _options(name: str, manifest: Mapping) -> argparse.ArgumentParser:
     parser = Arguments(name, description=f"samples of `{manifest['name']}`")
     add = parser.add_argument
     add("--prompt", action="append", default=[], dest="prompts", help="what to draw; repeatable")
-    add("-n", type=int, dest="count", help="how many samples")
-    add("--seed", type=int, default=manifest["seed"], help="of the noise: %(default)s")
+    add("-n", type=_whole(1, MOST), dest="count", help="how many samples")
+    seeds = _whole(0, SEEDS - 1)
+    add("--seed", type=seeds, default=manifest["seed"], help="of the noise: %(default)s")
     add("-o", dest="output", help="a file: .png for pictures, .npz for arrays")
-    add("--size", type=int, help=f"pixels a side: {_listed(manifest['sizes'])}")
-    add("--batch", type=int, help="samples drawn at a time, at most")
+    add("--size", type=_whole(1, MOST), help=f"pixels a side: {_listed(manifest['sizes'])}")
+    add("--batch", type=_whole(1, MOST), help="samples drawn at a time, at most")
     add("--inspect", action="store_true", help="print the manifest and draw nothing")
     return parser
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (re.fullmatch(r"[0-9]{1,10}", text) and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"`{text}` is no whole number from {low} to {high}")
+        return int(text)
+
+    return read
 
 
 def _listed(values: Sequence) -> str:
@@ -83,10 +98,13 @@ def _listed(values: Sequence) -> str:
 
 
 def _named(out: str, manifest: Mapping) -> Path:
-    """The file to write: arrays have no picture."""
+    """The file to write, which can be: arrays have no picture."""
     path = Path(out)
     if path.suffix not in SAVED[manifest["arrays"] :]:
         raise Refused(f"`{out}` must end in {_listed(SAVED[manifest['arrays'] :])}")
+    home = next(above for above in path.absolute().parents if above.exists())
+    if path.is_dir() or not (home.is_dir() and os.access(home, os.W_OK | os.X_OK)):
+        raise Refused(f"`{out}` cannot be written: give another file with `-o`")
     return path
 
 
@@ -101,7 +119,7 @@ def _texts(manifest: Mapping, prompts: Sequence[str], count: int | None) -> list
 
 def _write(out: Path, manifest: Mapping, texts: list[str], args, made: np.ndarray) -> None:
     """Writes samples [N, ...] with what they were made from."""
-    notes = {"spec": manifest["spec"], "solver": manifest["solver"], "seed": str(args.seed)}
+    notes = {name: str(manifest[name]) for name in MADE_BY} | {"seed": str(args.seed)}
     notes["prompts"] = json.dumps(texts, ensure_ascii=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz":
