@@ -43,6 +43,7 @@ from difftrain.models.text import clip
 from difftrain.models.tokenizer import clip_tokenizer
 from difftrain.training import evaluate
 from difftrain.training.bundle import Bundle, block, compile_spec, compile_text
+from difftrain.training.folder import FolderError
 from difftrain.training.known import Known
 from difftrain.training.parts import build_parts
 
@@ -444,6 +445,26 @@ def test_the_file_holds_engines_and_a_loader(made):
     assert step["inputs"]["x"] == ["float32", ["batch", 4, 8, 8]]
     assert manifest["sizes"] == [64] and manifest["errors"]["latents"] < 1e-2
     assert said[-1].startswith("ONNX files, as here is no GPU: relative errors against the run")
+
+
+def test_only_a_file_of_engines_is_written_over(made, tmp_path):
+    run, photo = untrained("ddim(steps = 2)"), tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    zipfile.ZipFile(other := tmp_path / "other.zip", "w").close()
+    for path, says in (
+        (photo, "is there already and holds no engines: give the name of another file"),
+        (other, "is there already and holds no engines: give the name of another file"),
+        (tmp_path, "is a folder: give the name of another file"),
+    ):
+        with pytest.raises(FolderError) as problem:
+            tensorrt.export(run, path)
+        assert str(problem.value) == f"`{path}` {says}"
+    assert package.holds_engines(made[0]) and Image.open(photo).size == (8, 8)
+
+
+def test_a_file_gets_the_folders_that_it_lies_in(tmp_path):
+    path = package.pack(tmp_path / "new" / "deep" / "file", {}, {})
+    assert package.holds_engines(path)
 
 
 SIDES = [16, 32]

@@ -26,6 +26,7 @@ from difftrain.models.labels import Labels
 from difftrain.models.pieces import Pieces
 from difftrain.models.text import TextEncoder
 
+MANIFEST, LOADER = "manifest.json", "difftrain/export/loader.py"
 CARRIED = (
     "compiler/random.py",
     "compiler/random_kernel.py",
@@ -50,15 +51,25 @@ LONG = 512  # tokens, more than any of these has
 
 def pack(path: Path, manifest: Mapping[str, object], data: Mapping[str, bytes]) -> Path:
     """Writes the file; it appears whole or not at all. Engines are stored as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     package = files("difftrain")
     source = {f"difftrain/{n}": package.joinpath(n).read_bytes() for n in CARRIED}
     inits = {f"{os.path.dirname(n)}/__init__.py": b"" for n in source}
     texts = {
         "__main__.py": started_by("difftrain.export.loader"),
-        "manifest.json": json.dumps(manifest, indent=1).encode(),
+        MANIFEST: json.dumps(manifest, indent=1).encode(),
         "difftrain/__init__.py": b"",
     }
     return replaced(path, lambda partial: _write(partial, texts | inits | source, data))
+
+
+def holds_engines(path: Path) -> bool:
+    """Whether a file is one that was packed here, by what it holds."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {MANIFEST, LOADER} <= set(archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _write(path: Path, texts: Mapping[str, bytes], data: Mapping[str, bytes]) -> None:

@@ -20,13 +20,13 @@ from difftrain.export.engine import Engine, Library, Profile, Source, library
 from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
-from difftrain.export.package import encoders, pack
+from difftrain.export.package import encoders, holds_engines, pack
 from difftrain.export.parity import Call, Report, by_step, every_size, gate
 from difftrain.export.running import Refused, Runner
 from difftrain.export.trace import batches, traced
 from difftrain.models.errors import PartError
 from difftrain.models.foreign import reason
-from difftrain.training.folder import writable
+from difftrain.training.folder import free
 
 Say = Callable[[str], object]
 
@@ -43,11 +43,10 @@ class Sized:
 
 
 def export(run: Opened, file: Path, say: Say = print) -> Path:
-    """Writes the file of a run. Raises ExportError."""
+    """Writes the file of a run. Raises ExportError, and FolderError for a place that is taken or
+    cannot be written."""
     _can_draw(run)
-    if file.is_dir():
-        raise ExportError(f"`{file}` is a folder: say with `-o` how to call the file")
-    writable(file)
+    free(file, holds_engines, "holds no engines")
     onnx.needed()
     profile, maker = wanted(run, say), library(run.target["library"].replace("_", "-"))
     told, data = encoders(run.parts.text, run.encoder, run.sampling["prompts"])
