@@ -26,6 +26,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from difftrain.commands.failure import failure
 from difftrain.export import cache, engine, loader, package, tensorrt
 from difftrain.export.engine import LIBRARIES, Profile, Source, build, library
 from difftrain.export.errors import ExportError
@@ -161,22 +162,42 @@ def test_the_first_library_that_builds_here(monkeypatch, here, gpu, wanted, chos
 
 
 @pytest.mark.parametrize(
-    ("here", "wanted", "says"),
+    ("here", "wanted", "code", "says"),
     [
-        ([], "auto", "an engine needs `tensorrt-rtx`, which is not installed here"),
-        (ALL[2:], "torch-tensorrt", "an engine needs `torch-tensorrt`, which is not installed"),
+        (
+            [],
+            "auto",
+            3,
+            "`tensorrt_rtx` is not installed here: install difftrain with its extra `tensorrt-rtx`",
+        ),
+        (
+            ALL[2:],
+            "torch-tensorrt",
+            3,
+            "`torch_tensorrt` is not installed here: install it and try again",
+        ),
         (
             ALL[:1],
             "auto",
-            "`torch-tensorrt` builds engines on a machine with a GPU, and here is none",
+            3,
+            "`torch-tensorrt` builds engines on a machine with a GPU, and here is none: install"
+            " difftrain with its extra `tensorrt-rtx`, which needs none to build",
         ),
-        (ALL, "trt", "`trt` is no engine library: use `torch-tensorrt`, `torch-tensorrt-rtx`, "),
+        (
+            ALL,
+            "trt",
+            2,
+            "`trt` is no engine library: use `torch-tensorrt`, `torch-tensorrt-rtx`,"
+            " `tensorrt-rtx`",
+        ),
     ],
 )
-def test_no_library(monkeypatch, here, wanted, says):
+def test_no_library(monkeypatch, here, wanted, code, says):
     packages(monkeypatch, *here)
-    with pytest.raises(ExportError, match=says):
+    with pytest.raises(Exception) as problem:
         library(wanted)
+    told = failure(problem.value)
+    assert (told.code, str(told)) == (code, says)
 
 
 class Linear(torch.nn.Module):

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 
+from difftrain.compiler.lowering import NoDevice
 from difftrain.export.errors import ExportError
 from difftrain.export.running import TYPES, log
 from difftrain.export.trace import BATCH
@@ -93,7 +94,8 @@ def installed(package: str) -> bool:
 
 
 def library(name: str = "auto") -> Library:
-    """The engine library of this name, or (`auto`) the first that is installed and builds here."""
+    """The engine library of this name, or (`auto`) the first that is installed and builds here.
+    Raises ExportError, and ModuleNotFoundError or NoDevice for what is absent here."""
     gpu = torch.cuda.is_available()
     named = [it for it in LIBRARIES if name in ("auto", it.package)]
     if not named:
@@ -102,13 +104,11 @@ def library(name: str = "auto") -> Library:
     here = [it for it in named if installed(it.package)]
     if not here:
         wanted = named[-1].package
-        raise ExportError(
-            f"an engine needs `{wanted}`, which is not installed here: `pip install {wanted}`"
-        )
+        raise ModuleNotFoundError(f"`{wanted}` is not installed", name=wanted.replace("-", "_"))
     if not (usable := [it for it in here if gpu or it.anywhere]):
-        raise ExportError(
-            f"`{here[0].package}` builds engines on a machine with a GPU, and here is none:"
-            " `pip install tensorrt-rtx`, which needs none to build"
+        raise NoDevice(
+            f"`{here[0].package}` builds engines on a machine with a GPU, and here is none: install"
+            " difftrain with its extra `tensorrt-rtx`, which needs none to build"
         )
     return usable[0]
 
