@@ -134,6 +134,21 @@ def test_one_bar_counts_the_pictures(capsys):
     assert re.search(r"100%.*\b3/3 \[.*picture", capsys.readouterr().err)
 
 
+def test_weights_of_another_network_are_told_also_where_they_fit(capsys):
+    """Heads are no shape of any weight."""
+    for option, value in (("heads", "4"), ("text.heads", "4"), ("text.length", "9")):
+        other, asked = f"runs/{option}", ["--set", f"backbone.{option}={value}", "--steps", "0"]
+        assert main(["train", "tiny.diff", *asked, "--out", other]) == 0
+        file = f"{other}/checkpoints/step-000000000.safetensors"
+        assert main(["sample", "runs/tiny", "--weights", file, "-n", "1"]) == 2
+        own = {"heads": 2, "text.heads": 2, "text.length": 8}[option]
+        assert last_line(capsys) == (
+            f"error: the checkpoint `{file}` is of another network (`{option} = {value}`, and this"
+            f" spec has `{option} = {own}`): sample the run that it is of"
+        )
+    sampled("--weights", FIRST, "-n", "1")
+
+
 # ---- guidance
 
 

@@ -135,7 +135,7 @@ def opened(
     """A run, or a checkpoint in one, opened for a target; Python parts of its own can be imported
     meanwhile."""
     bundle, checkpoint = open_run(run)
-    checkpoint = file_of(weights) if weights else checkpoint
+    checkpoint = file_of(weights, bundle) if weights else checkpoint
     spec = bundle.read(settings, BLOCKS)
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
     _are_read(settings or {}, target, data)

@@ -32,6 +32,24 @@ class Part:
     said: str = field(default="", compare=False)
 
 
+MODULE = "module"  # as a block names what builds a part
+
+
+def told(part: Part) -> dict[str, str]:
+    """All that a part is made of: its builder as `module`, options by their names, and those of
+    parts inside as `text.layers`, a part before what is in it."""
+    found = {MODULE: part.module}
+    for name, value in part.options.items():
+        several = value if isinstance(value, tuple) else (value,)
+        inner = [told(v) if isinstance(v, Part) else {MODULE: written(v)} for v in several]
+        shown = [each[MODULE] for each in inner]
+        found[name] = f"[{', '.join(shown)}]" if isinstance(value, tuple) else shown[0]
+        for i, each in enumerate(inner):
+            place = f"{name}.{i}" if isinstance(value, tuple) else name
+            found |= {f"{place}.{n}": v for n, v in each.items() if n != MODULE}
+    return found
+
+
 def written(value: object, words: Container[str] | None = None) -> str:
     """The value of an option as it would stand in a spec; of texts those which are in `words` (all,
     if that is None) stand without quotes."""

@@ -37,7 +37,7 @@ from difftrain.language.meaning import gaussian
 from difftrain.language.names import TARGETS
 from difftrain.language.numbers import draws
 from difftrain.language.options import Run, decays, defaults
-from difftrain.language.part import Part
+from difftrain.language.part import Part, told
 from difftrain.language.spec import Objective, Spec, read_text
 from difftrain.language.term import is_const, walk
 from difftrain.language.tree import Source
@@ -165,6 +165,7 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
         "objective": objective.name,
         "spec": digest("".join([*written, json.dumps(spec.settings, sort_keys=True)])),
         "graph": digest(texts["graph.txt"]),
+        "network": told(objective.backbone.part) if objective.backbone else {},
         "settings": dict(spec.settings),
         "difftrain": difftrain.__version__,
         "versions": versions(),

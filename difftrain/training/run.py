@@ -178,7 +178,7 @@ def snapshot(session: Session, done: int) -> Path:
 
 def _facts(session: Session, done: int) -> dict[str, object]:
     """What a file of weights says of itself."""
-    facts = {k: session.bundle.manifest[k] for k in ("name", "spec", "graph")}
+    facts = {k: session.bundle.manifest[k] for k in ("name", "spec", "graph", "network")}
     return {**facts, "step": str(done), **session.parts.known.facts}
 
 

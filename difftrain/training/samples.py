@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
@@ -32,6 +33,7 @@ from difftrain.training.outputs import PICTURES, places
 from difftrain.training.own import importable
 from difftrain.training.parts import build_parts, condition_field, held_out, opened
 from difftrain.training.sources import DataError, Pictures
+from difftrain.training.state import CheckpointError
 from difftrain.training.writing import keeping, write
 
 
@@ -54,7 +56,7 @@ def sample(
     of scores, `inception` a file of weights for one of them, and `doubt` for what the settings make
     doubtful."""
     bundle, checkpoint = open_run(run)
-    checkpoint = file_of(weights) if weights else checkpoint
+    checkpoint = file_of(weights, bundle) if weights else checkpoint
     spec = bundle.read(settings, ("sample", "data"))
     doubt(_doubts(spec, bundle.read()))
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
@@ -86,10 +88,19 @@ def _doubts(spec: Spec, plain: Spec) -> list[Finding]:
     return [f for f in spec.findings if (f.code, f.message, f.place) not in before]
 
 
-def file_of(weights: str) -> Path:
+def file_of(weights: str, bundle: Bundle) -> Path:
+    """The file of other weights for a run. Raises FolderError, and CheckpointError for those of
+    another objective or network, also where they would fit."""
     if not Path(weights).is_file():
         raise FolderError(
             f"there is no file `{weights}`: give a checkpoint, or one that `difftrain ema` wrote"
+        )
+    said = state.facts(Path(weights), bundle.manifest["graph"]).get("network", "{}")
+    ours, theirs = bundle.manifest.get("network", {}), json.loads(said)
+    if other := next((n for n in ours if n in theirs and theirs[n] != ours[n]), None):
+        raise CheckpointError(
+            f"the checkpoint `{weights}` is of another network (`{other} = {theirs[other]}`, and"
+            f" this spec has `{other} = {ours[other]}`): sample the run that it is of"
         )
     return Path(weights)
 
