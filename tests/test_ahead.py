@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from difftrain.cli import main
 from difftrain.commands import launch
-from difftrain.compiler import kept, texts
+from difftrain.compiler import kept, lowering, texts
 from difftrain.compiler.executable import Shelf, pack, unpack
 from difftrain.training import run
 from difftrain.training.bundle import open_bundle
@@ -201,3 +201,30 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(
     assert capsys.readouterr().err == (
         f"error: nothing can be written in `{file.parent}`: give another place for `{file}`\n"
     )
+
+
+# ---- what cannot be compiled
+
+
+def test_a_network_that_torch_cannot_compile_is_told(home, monkeypatch, capsys):
+    branch = "self.linear(x * (2 if float(x.sum()) > 0 else 1))"  # depends on what is computed
+    (home / "waves.py").write_text(NETWORK.replace("self.linear(x)", branch))
+    monkeypatch.chdir(home)
+    assert main(["train", "waves.diff"]) == 4
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: torch's compiler fails at this step (") and told.endswith(
+        "): mend the network, or train without the compiler by `--set train.compile=off`"
+    )
+    assert main(["compile", "waves.diff"]) == 0
+    warned = capsys.readouterr().err.splitlines()[-1]
+    assert warned.startswith("warning: torch's compiler fails at this step (")
+    assert warned.endswith("; the step is not compiled ahead")
+    assert Shelf(home / "waves").pages() == []
+    assert main(["train", "waves.diff", "--set", "train.compile=off"]) == 0
+
+
+@pytest.mark.parametrize("cause", [torch.OutOfMemoryError("full"), OSError("cut off")])
+def test_what_is_not_the_compiler_s_fault_is_told_as_it_is(cause):
+    wrapped = torch._inductor.exc.InductorError(cause, None)
+    with pytest.raises(torch._inductor.exc.InductorError), lowering.compiling():
+        raise wrapped

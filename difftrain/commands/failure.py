@@ -19,6 +19,7 @@ TOLD = {
     "difftrain.compiler.executable.Damaged": USAGE,
     "difftrain.compiler.kept.NotKept": ABSENT,
     "difftrain.compiler.lowering.NoCompiler": ABSENT,
+    "difftrain.compiler.lowering.NotCompiled": FAILED,
     "difftrain.compiler.lowering.NoDevice": ABSENT,
     "difftrain.training.ahead.NoTarget": ABSENT,
     "difftrain.training.run.RunFailed": FAILED,

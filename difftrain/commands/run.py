@@ -43,13 +43,14 @@ def _ahead(bundle, device, made: Path) -> None:
     """Adds the step as it is compiled for a device, where that can be done without the run."""
     from difftrain.compiler.executable import Shelf
     from difftrain.compiler.kept import NotKept
+    from difftrain.compiler.lowering import NotCompiled
     from difftrain.training.ahead import compiled_for
     from difftrain.training.sources import DataError
 
     print("compiling the step", file=sys.stderr)
     try:
         facts, data = compiled_for(bundle, device)
-    except (DataError, NotKept) as problem:
+    except (DataError, NotCompiled, NotKept) as problem:
         print(f"warning: {problem}; the step is not compiled ahead", file=sys.stderr)
         return
     Shelf(made).put(facts, data)

@@ -25,7 +25,7 @@ from torch import nn
 
 from difftrain.compiler import random
 from difftrain.compiler.executable import FIXED_TIME
-from difftrain.compiler.lowering import compiler
+from difftrain.compiler.lowering import compiler, compiling
 from difftrain.compiler.whole import Step
 
 FUNCTIONS = ("gradient", "update")
@@ -91,12 +91,13 @@ def _wake(device: torch.device) -> None:
 
 
 def compiled(step: Step, args: tuple, forward: bool = False) -> Step:
-    """The step compiled for arguments like these, and for no others: it looks at none again."""
+    """The step compiled for arguments like these, and for no others: it looks at none again.
+    Raises NotCompiled."""
     state, plan = args[0], args[3]
     parts = tuple(map(torch.empty_like, plan.buffers(state)))
     calls = ((step.gradient, (plan.read(state), *args)), (step.update, (state, parts)))
     through = compiler(forward, guard_filter_fn=lambda guards: [False] * len(guards))
-    with torch._dynamo.config.patch(enable_aot_compile=True), _binaries():
+    with compiling(), torch._dynamo.config.patch(enable_aot_compile=True), _binaries():
         return Step(*(through(function).aot_compile((given, {})) for function, given in calls))
 
 

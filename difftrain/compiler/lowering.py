@@ -28,6 +28,10 @@ class NoCompiler(Exception):
     """`compile = on` on a machine without a C++ compiler."""
 
 
+class NotCompiled(Exception):
+    """A step that torch's compiler fails at; the message says at what."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """Whether the step is compiled, and the one line that says why."""
@@ -105,6 +109,23 @@ def compiled(step: Step, forward: bool = False) -> Step:
     """The step through `torch.compile(fullgraph=True)`; compiling it a second time is an error."""
     torch._dynamo.config.error_on_recompile = False
     return step.each(compiler(forward))
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """In it, what torch's compiler fails at is NotCompiled; a memory that is full, and a file that
+    cannot be read, are what they are."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as cause:
+        within = getattr(cause, "inner_exception", cause)
+        if isinstance(within, torch.OutOfMemoryError | OSError | ImportError):
+            raise
+        reason = str(cause).strip().partition("\n")[0]
+        raise NotCompiled(
+            f"torch's compiler fails at this step ({reason}): mend the network, or train without"
+            " the compiler by `--set train.compile=off`"
+        ) from cause
 
 
 def no_more_compiling() -> None:

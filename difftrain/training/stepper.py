@@ -121,7 +121,8 @@ class Stepper:
         )
         reading = time.perf_counter() - started
         self.step = lowering.Replayed(step) if cuda else step
-        log = self.step(state, batch, *rest)
+        with lowering.compiling():
+            log = self.step(state, batch, *rest)
         if cuda:
             torch.cuda.synchronize()
         lowering.no_more_compiling()
