@@ -206,10 +206,16 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_compiled(
 # ---- what cannot be compiled
 
 
-def test_a_network_that_torch_cannot_compile_is_told(home, monkeypatch, capsys):
-    branch = "self.linear(x * (2 if float(x.sum()) > 0 else 1))"  # depends on what is computed
+@pytest.fixture
+def branching(home, monkeypatch):
+    """The folder with a network that does what depends on what it computed."""
+    branch = "self.linear(x * (2 if float(x.sum()) > 0 else 1))"
     (home / "waves.py").write_text(NETWORK.replace("self.linear(x)", branch))
     monkeypatch.chdir(home)
+    return home
+
+
+def test_a_network_that_torch_cannot_compile_is_told(branching, capsys):
     assert main(["train", "waves.diff"]) == 4
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: torch's compiler fails at this step (") and told.endswith(
@@ -219,8 +225,14 @@ def test_a_network_that_torch_cannot_compile_is_told(home, monkeypatch, capsys):
     warned = capsys.readouterr().err.splitlines()[-1]
     assert warned.startswith("warning: torch's compiler fails at this step (")
     assert warned.endswith("; the step is not compiled ahead")
-    assert Shelf(home / "waves").pages() == []
-    assert main(["train", "waves.diff", "--set", "train.compile=off"]) == 0
+    assert Shelf(branching / "waves").pages() == []
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_network_that_torch_cannot_compile_is_trained_as_it_is(branching, device):
+    """No CUDA graph could hold it either."""
+    options = ("--set", "train.compile=off", "--set", f"train.device={device}")
+    assert main(["train", "waves.diff", *options]) == 0
 
 
 @pytest.mark.parametrize("cause", [torch.OutOfMemoryError("full"), OSError("cut off")])

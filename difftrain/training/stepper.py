@@ -12,6 +12,8 @@ from torch import Tensor
 
 from difftrain.compiler import lowering
 from difftrain.compiler.kept import Facts
+from difftrain.models import is_foreign
+from difftrain.training.bundle import each_part, text_part
 from difftrain.training.keeping import facts
 from difftrain.training.latents import signed
 from difftrain.training.session import Session, say
@@ -48,8 +50,17 @@ def _empty(session: Session) -> dict[str, Tensor]:
     return {} if null_ids is None else {"null_ids": null_ids}
 
 
+def _foreign(session: Session) -> bool:
+    """Whether Python that is not difftrain's works in the step: it may read numbers back, which no
+    CUDA graph can hold."""
+    objective = session.bundle.read().objective()
+    seen = objective.vision, *each_part(text_part(objective))
+    return any(part and is_foreign(part) for part in (objective.backbone.part, *seen))
+
+
 class Stepper:
-    """The step, called as it is emitted; how it runs is chosen once. A GPU replays it.
+    """The step, called as it is emitted; how it runs is chosen once. A GPU replays it,
+    unless it is not compiled and has Python of the user's in it.
 
     On a CPU `auto` first times a few steps as they are. After the first compiled step nothing may
     be compiled again. In fp32 nothing is TF32; what a step of lower precision leaves in fp32, such
@@ -108,7 +119,7 @@ class Stepper:
         choice = lowering.choose(session.train["compile"], kind, self.left, seconds)
         say(choice.because)
         self.fresh = choice.compiled
-        if kind == "cuda" and not choice.compiled:
+        if kind == "cuda" and not choice.compiled and not _foreign(session):
             self.step = lowering.Replayed(self.step)
 
     def _first(self, state, batch: dict[str, Tensor], *rest) -> dict[str, Tensor]:
