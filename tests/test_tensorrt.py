@@ -13,6 +13,7 @@ import sys
 import zipfile
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from difftrain.export.errors import ExportError
 from difftrain.export.manifest import tabled
 from difftrain.export.modules import Piece, pieces
 from difftrain.export.opened import Opened
+from difftrain.export.parity import Report
 from difftrain.export.png import png, sheet
 from difftrain.export.running import Refused, Runner, Walk, gpu, log, profile_for, runtime
 from difftrain.export.tokens import BytePairs, UnknownWords, words
@@ -534,6 +536,29 @@ def test_a_file_of_two_sizes(sided):
         assert sorted(e["file"] for e in chosen) == [*(n for n in names if end in n), names[-1]]
         noise = next(e["inputs"]["noise"] for e in chosen if e["piece"] == "sampler")
         assert noise[1] == ["batch", 3, side, side]
+
+
+def test_each_size_of_a_file_has_times_of_its_own(monkeypatch):
+    """As they are shifted by the size; and the errors of a file are the worst of its sizes."""
+    shifted = {"backbone": exported.UNET, "more": "  t' = shift(t, sqrt(numel(x0) / 192))\n"}
+    text = tiny.spec(**shifted).replace("ddim(steps = 2)", "euler(steps = 10)")
+    text = text.replace("ddpm(beta = scaled_linear(0.00085, 0.012))", "linear")
+    run = started(compile_text("tiny", text.replace("v_prediction", "flow")))
+    every = []
+    for i, side in enumerate(SIDES):
+        own = replace(run, data=replace(run.data, values={**run.data.values, "size": side}))
+        report = Report(1e-2, backbone=0.003 - i / 1000, latents=i / 1000, decode=0.0)
+        every.append(tensorrt.Sized(own, pieces(own, "fp32"), {}, report))
+    about = json.loads(json.dumps(tensorrt._described(every, EVERY)))
+    about |= {"encoders": [], "sizes": SIDES}
+    about["engines"] = [{"piece": "step", "size": side} for side in SIDES]
+    for name in ("runtime", "gpu", "_runner"):  # there is neither a GPU nor an engine
+        monkeypatch.setattr(loader, name, lambda *given: None)
+    monkeypatch.setattr(loader, "Walk", partial(Walk, device="cpu"))
+    for side, k in zip(SIDES, (2, 4), strict=True):
+        times = loader.Sampler(None, about, side, None).walk.times
+        assert times[1][0].item() == pytest.approx(0.9 * k / (0.9 * k + 0.1))
+    assert about["errors"]["backbone"] == 0.003 and about["errors"]["latents"] == 0.001
 
 
 def test_a_size_that_a_file_of_two_has_not(sided, capsys):

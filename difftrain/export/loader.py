@@ -147,8 +147,8 @@ class Sampler:
         self.encoders = [_encoder(archive, about) for about in manifest["encoders"]]
         name = "step" if "step" in self.parts else "sampler"
         inputs = list(manifest["pieces"]["step"]["inputs"]) if name == "step" else None
-        shape = manifest["shapes"][str(size)]
-        self.walk = Walk(self.parts[name], manifest["table"], inputs, shape)
+        table, shape = (manifest[of][str(size)] for of in ("tables", "shapes"))
+        self.walk = Walk(self.parts[name], table, inputs, shape)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], seed: int) -> np.ndarray:

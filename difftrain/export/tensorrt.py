@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -190,8 +190,12 @@ def _described(every: list[Sized], profile: Profile) -> dict[str, object]:
     first, sampling = every[0], every[0].run.sampling
     batch = profile.low, profile.high
     about = manifest.describe(first.run, "tensorrt", batch, first.made, first.report)
+    del about["table"]  # times may be shifted by the size
+    reports = [asdict(it.report) for it in every]
     return {
         **about,
+        "errors": {name: max(each[name] for each in reports) for name in reports[0]},
+        "tables": {str(it.run.data["size"]): manifest.tabled(it.run) for it in every},
         "shapes": {str(it.run.data["size"]): list(it.run.shape) for it in every},
         "arrays": first.run.arrays,
         "guided": first.run.guided,
