@@ -127,6 +127,7 @@ def test_a_long_run_compiles_once_and_holds_no_more_memory(home, monkeypatch):
     assert main(["train", "waves.diff", "--steps", "300", *options]) == 0
     steps, graphs, peaks = zip(*seen, strict=True)
     assert steps == (50, 100, 150, 200, 250, 300) and set(graphs) == {2}  # gradient and update
+    assert torch._dynamo.config.error_on_recompile
     assert peaks[-1] - peaks[1] < 4096  # kilobytes
 
 

@@ -332,6 +332,16 @@ def test_encoded_and_streamed_batches_train_on_the_same(photos):
         same(one, other)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("notes", [True, False])
+def test_on_a_gpu_batches_are_made_there_and_are_the_same(photos, notes):
+    pictures = open_source("folder", photos)
+    kept = prepare(pictures, Unshuffle(), letters, 8, length=4, images=True)
+    there, here = (Batches(kept, 1, 4, notes=notes, device=d).at(3) for d in ("cuda", "cpu"))
+    assert all(there[name].is_cuda for name in ("latents", "image", "index"))
+    same({n: v.cpu() if torch.is_tensor(v) else v for n, v in there.items()}, here)
+
+
 def test_a_run_resumes_at_any_step_with_equal_batches(data):
     whole = first(Batches(data, seed=2, batch_size=4), 8)
     for start in (0, 1, 3, 7):
