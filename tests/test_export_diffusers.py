@@ -424,3 +424,6 @@ def test_rescaled_guidance_is_the_same(home):
 def test_a_folder_that_holds_something_is_left_alone(home):
     with pytest.raises(ExportError, match="`.*sd` is there already"):
         diffusers.export(opened(text()), home / "sd", quiet)
+    (home / "out.partial").mkdir()  # whatever it is called
+    diffusers.export(opened(text()), home / "out", quiet)
+    assert sorted(p.name for p in home.iterdir()) == ["out", "out.partial", "sd"]

@@ -6,8 +6,6 @@ nothing is left of it.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,24 +14,20 @@ from difftrain.export import saved
 from difftrain.export.beside import Made, compare, prompts
 from difftrain.export.continuous import preconditioned
 from difftrain.export.errors import ExportError, no_pipeline
+from difftrain.export.manifest import staged
 from difftrain.export.opened import Opened
 from difftrain.export.pipelines import pipeline
 from difftrain.language.forms import clock
 from difftrain.language.term import is_const
-from difftrain.training.folder import writable
 
 WRAPPED = {"c_in": 1, "c_out": 1, "c_skip": 0}  # what a network is called bare with
 
 
 def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> Path:
     """Writes the pipeline folder of a run. Raises ExportError."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"`{folder}` is there already: say with `-o` where the folder goes")
-    writable(folder)
-    _samples_bare(run)
-    made = pipeline(run)
-    beside = folder.with_name(f"{folder.name}.partial")
-    try:
+    with staged(folder) as beside:
+        _samples_bare(run)
+        made = pipeline(run)
         made.pipe.save_pretrained(beside)
         saved.label(beside, _facts(run))
         error = compare(run, beside, made)
@@ -41,9 +35,6 @@ def export(run: Opened, folder: Path, say: Callable[[str], object] = print) -> P
         if made.known:
             say(made.known)
         (beside / "README.md").write_text(_card(run, made, folder, error), encoding="utf-8")
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 
