@@ -294,6 +294,16 @@ def test_the_best_batch_of_several_is_told(tool):
     assert "ours is 1.60 times as fast as (b) compiled, on GPUs with 790 and 790 TFLOP/s" in said
 
 
+def test_every_bar_of_a_row_is_told(tool):
+    """The fastest form of a peer among them, though it is not what most people run."""
+    step, rows, report = tool("bench_step"), tool("bench.rows"), tool("bench.report")
+    taken = {rows.PLAIN: 0.1, rows.COMPILED: 0.3, rows.GRAPHS.label: 0.16}
+    results = {("small", label): measured(seconds) for label, seconds in taken.items()}
+    said = report.table({"small": step.chosen("small", "", tiny=False)}, results, [])
+    for times, bar in ((3.0, rows.COMPILED), (1.6, rows.GRAPHS.label)):
+        assert f"- SD1.5 UNet, batch 2: ours is {times:.2f} times as fast as {bar}\n" in said
+
+
 def test_a_row_without_a_bar_is_told_at_several_batches(tool):
     step, rows, report = tool("bench_step"), tool("bench.rows"), tool("bench.report")
     asked = {name: step.chosen(name, "", tiny=False) for name in ("dream", "dream:8")}

@@ -66,10 +66,9 @@ def beyond(row: Row, found: Mapping[str, dict]) -> None:
 
 def sentences(row: Row, found: Mapping[str, Mapping]) -> Iterator[str]:
     """What the row was measured for, as far as its contenders were."""
-    bars = [label for label in row.faster[1:] if label in found]
-    if bars and row.faster[0] in found:
-        bar = min(bars, key=lambda label: found[label]["seconds"])
-        yield ratio(found, bar, row.faster[0], "{1} is {2:.2f} times as fast as {0}")
+    for bar in row.faster[1:]:
+        if bar in found and row.faster[0] in found:
+            yield ratio(found, bar, row.faster[0], "{1} is {2:.2f} times as fast as {0}")
     for costly, plain in row.costs:
         if costly in found and plain in found:
             yield ratio(found, costly, plain, "a step of {0} takes {2:.2f} times one of {1}")
