@@ -305,6 +305,18 @@ def test_the_evaluation_where_they_part_is_named(run):
             ["--to", "pt2", "--set", "data.size=32"],
             "error: `data.size` is the side of pictures, and this run draws arrays: leave it out",
         ),
+        *(
+            (
+                ["--to", target, "--set", changed],
+                f"error: `{changed.partition('=')[0]}` changes nothing of what is exported: leave",
+            )
+            for target, changed in (
+                ("onnx", "sample.count=3"),
+                ("tensorrt", "data.batch=3"),
+                ("diffusers", 'data.source=folder("photos")'),
+                ("pt2", "data.captions=any"),
+            )
+        ),
         (
             ["--to", "tensorrt", "--set", "export.tensorrt.sizes=[32]"],
             "error: `sizes` lists sides of pictures, and this run draws arrays of 2 x 12: leave it",
@@ -315,6 +327,12 @@ def test_bad_input_is_one_sentence(run, capsys, more, line):
     capsys.readouterr()
     assert main(["export", run("arrays"), *more]) == 2
     assert told(capsys).startswith(line)
+
+
+def test_what_the_settings_make_doubtful_is_told(run, capsys):
+    asked = ["--set", "sample.guidance=1", "--set", "sample.guidance_interval=0.1..3"]
+    assert main(["export", run("unet"), "--to", "onnx", *asked, "-o", "photos"]) == 2
+    assert "warning[DIF314]: `guidance_interval` changes nothing here" in capsys.readouterr().err
 
 
 TARGETS = ["diffusers", "onnx", "pt2", "tensorrt"]

@@ -129,6 +129,26 @@ def test_what_the_settings_make_doubtful_is_told_before_drawing(capsys):
     assert "DIF" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (
+            "data.batch=3",
+            "`data.batch` is how many samples a step of training reads, and nothing here does:"
+            " leave it out",
+        ),
+        (
+            'data.source=arrays("a.npz")',
+            "`data.source` has arrays, and this run was trained on pictures: give a source of"
+            " pictures",
+        ),
+    ],
+)
+def test_data_that_samples_do_not_depend_on_are_refused(capsys, changed, says):
+    assert main(["sample", "runs/tiny", "--set", changed, "-n", "1"]) == 2
+    assert last_line(capsys) == f"error: {says}"
+
+
 def test_one_bar_counts_the_pictures(capsys):
     sampled("-n", "3", "--steps", "1")
     assert re.search(r"100%.*\b3/3 \[.*picture", capsys.readouterr().err)

@@ -7,6 +7,7 @@ from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
+from difftrain.commands.console import complain
 from difftrain.commands.failure import CLEAN
 from difftrain.commands.paths import settings
 
@@ -17,7 +18,7 @@ def export(args: Namespace) -> int:
 
     changes = settings(args.settings)
     made = import_module(f"difftrain.export.{args.to}")
-    with opened(args.run, args.to, changes, args.weights) as run:
+    with opened(args.run, args.to, changes, args.weights, complain) as run:
         out = Path(args.output or f"{run.bundle.name}-{args.to}")
         print(made.export(run, out, say))
     return CLEAN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from difftrain.export.errors import ExportError
 from difftrain.export.table import Table, table
+from difftrain.language.finding import Finding
 from difftrain.language.options import Run
 from difftrain.language.spec import Objective
 from difftrain.sampling import solvers
@@ -22,9 +23,10 @@ from difftrain.training.bundle import ARRAYS, GUESS, Bundle, block, each_part, t
 from difftrain.training.folder import open_run
 from difftrain.training.own import importable
 from difftrain.training.parts import Parts
-from difftrain.training.samples import file_of, fits, open_model
+from difftrain.training.samples import doubts, file_of, fits, open_model
 
 BLOCKS = ("sample", "data", "export")
+COUNTED, PROMPTED = "sample.count", "tensorrt"  # what cuts a list of prompts, and where one is
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,13 +132,18 @@ class Opened:
 
 @contextmanager
 def opened(
-    run: str, target: str, settings: Mapping[str, str] | None = None, weights: str | None = None
+    run: str,
+    target: str,
+    settings: Mapping[str, str] | None = None,
+    weights: str | None = None,
+    doubt: Callable[[list[Finding]], object] = lambda found: None,
 ) -> Iterator[Opened]:
     """A run, or a checkpoint in one, opened for a target; Python parts of its own can be imported
-    meanwhile."""
+    meanwhile. `doubt` is for what the settings make doubtful."""
     bundle, checkpoint = open_run(run)
     checkpoint = file_of(weights, bundle) if weights else checkpoint
     spec = bundle.read(settings, BLOCKS)
+    doubt(doubts(spec, bundle.read()))
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
     _are_read(settings or {}, target, data)
     fits(bundle, options["solver"])
@@ -154,6 +161,8 @@ def _are_read(settings: Mapping[str, str], target: str, data: Run) -> None:
                 f"`{path}` is an option of another target than `{target}`: leave it out, or export"
                 f" with `--to {rest[0]}`"
             )
+        if path == COUNTED and target != PROMPTED or kind == "data" and rest[0] != "size":
+            raise ExportError(f"`{path}` changes nothing of what is exported: leave it out")
     if "data.size" in settings and data["source"].module == ARRAYS:
         raise ExportError(
             "`data.size` is the side of pictures, and this run draws arrays: leave it out"

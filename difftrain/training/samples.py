@@ -58,8 +58,9 @@ def sample(
     bundle, checkpoint = open_run(run)
     checkpoint = file_of(weights, bundle) if weights else checkpoint
     spec = bundle.read(settings, ("sample", "data"))
-    doubt(_doubts(spec, bundle.read()))
+    doubt(doubts(spec, bundle.read()))
     options, data, objective = block(spec, "sample"), block(spec, "data"), spec.objective()
+    _are_read(settings or {}, bundle, data)
     fits(bundle, options["solver"])
     guiding(bundle, options)
     path, place = places(bundle.name, ending(data), out, save)
@@ -82,7 +83,24 @@ def sample(
     return path
 
 
-def _doubts(spec: Spec, plain: Spec) -> list[Finding]:
+def _are_read(settings: Mapping[str, str], bundle: Bundle, data: Run) -> None:
+    """Refuses settings of the data that samples do not depend on, or that are not of their kind.
+    Raises SettingError."""
+    if "data.batch" in settings:
+        raise SettingError(
+            "`data.batch` is how many samples a step of training reads, and nothing here does:"
+            " leave it out"
+        )
+    own, other = (it["source"].module == ARRAYS for it in (block(bundle.read(), "data"), data))
+    if own != other:
+        kinds = "arrays", "pictures"
+        ours, theirs = kinds if own else reversed(kinds)
+        raise SettingError(
+            f"`data.source` has {theirs}, and this run was trained on {ours}: give a source of {ours}"
+        )
+
+
+def doubts(spec: Spec, plain: Spec) -> list[Finding]:
     """What is found of a spec with settings, and was not without them."""
     before = {(f.code, f.message, f.place) for f in plain.findings}
     return [f for f in spec.findings if (f.code, f.message, f.place) not in before]
