@@ -96,7 +96,8 @@ def _are_read(settings: Mapping[str, str], bundle: Bundle, data: Run) -> None:
         kinds = "arrays", "pictures"
         ours, theirs = kinds if own else reversed(kinds)
         raise SettingError(
-            f"`data.source` has {theirs}, and this run was trained on {ours}: give a source of {ours}"
+            f"`data.source` has {theirs}, and this run was trained on {ours}: give a source of"
+            f" {ours}"
         )
 
 
