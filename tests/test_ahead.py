@@ -89,21 +89,30 @@ def near(kept, plain):
     torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-7)
 
 
-def test_a_fresh_process_finds_its_step_in_the_file(home, monkeypatch):
-    said = _python(home, "one", "-m", "difftrain", "compile", "waves.diff")
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_fresh_process_finds_its_step_in_the_file(home, monkeypatch, device):
+    there = ("--set", f"train.device={device}")
+    said = _python(home, "one", "-m", "difftrain", "compile", "waves.diff", *there)
     assert "the step is compiled for " in said
     said = _python(home, "two", "-I", "waves", "--out", "run")
-    assert "training `waves` on " in said and "the compiled step is out of this file: " in said
+    assert (
+        f"20 weights, {device}, in run" in said
+        and "the compiled step is out of this file: " in said
+    )
     said = _python(home, "two", "-I", "waves", "--out", "run", "--resume", "auto", "--steps", "8")
     assert "resumed at step 6" in said and "the compiled step is out of this file: " in said
     monkeypatch.chdir(home)
-    options = ("--set", "train.compile=off", "--steps", "8", "--out", "plain")
+    options = ("--set", "train.compile=off", *there, "--steps", "8", "--out", "plain")
     assert main(["train", "waves.diff", *options]) == 0
     near(*(load_file(home / path / "checkpoints" / LAST) for path in ("run", "plain")))
 
 
-def test_a_resumed_run_finds_its_step_compiled(home):
-    argv = ("-m", "difftrain", "train", "waves.diff")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resumed_run_finds_its_step_compiled(home, device):
+    argv = ("-m", "difftrain", "train", "waves.diff", "--set", f"train.device={device}")
     assert "the step was compiled: " in _python(home, "one", *argv)
     said = _python(home, "one", *argv, "--resume", "auto", "--steps", "8")
     assert "resumed at step 6" in said and "the step was found compiled on this machine: " in said
@@ -229,7 +238,7 @@ def test_a_network_that_torch_cannot_compile_is_told(branching, capsys):
     assert Shelf(branching / "waves").pages() == []
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_a_network_that_torch_cannot_compile_is_trained_as_it_is(branching, device):
     """No CUDA graph could hold it either."""
     options = ("--set", "train.compile=off", "--set", f"train.device={device}")
