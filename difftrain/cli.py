@@ -43,6 +43,17 @@ def _one_of(what: str, *words: str) -> Callable[[str], str]:
     return read
 
 
+def _prompt(text: str) -> str:
+    """A text; the bytes of a command line may be none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:
+        raise argparse.ArgumentTypeError(
+            "a prompt has bytes that are no UTF-8: write it as UTF-8"
+        ) from cause
+    return text
+
+
 def _count(text: str) -> int:
     if not re.fullmatch(r"\d+", text):
         raise argparse.ArgumentTypeError(f"`{text}` is not a whole number")
@@ -184,6 +195,7 @@ COMMANDS: dict[str, Command] = {
             arg("run", metavar="RUN", help="the folder of a run, or a checkpoint"),
             arg(
                 "--prompt",
+                type=_prompt,
                 action="append",
                 default=[],
                 metavar="TEXT",

@@ -1,6 +1,7 @@
 """Samples of finished runs: what `sample` takes, writes and remembers, and models that guide."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -110,6 +111,12 @@ def test_fewer_pictures_leave_none_of_before(home):
 def test_a_slip_is_a_finding(capsys, asked, says):
     assert main(["sample", "runs/tiny", *asked]) == 1
     assert says in capsys.readouterr().err
+
+
+def test_bytes_that_are_no_text_are_told(capsys):
+    assert main(["sample", "runs/tiny", "--prompt", os.fsdecode(b"picture \xff")]) == 2
+    says = "error: a prompt has bytes that are no UTF-8: write it as UTF-8"
+    assert last_line(capsys) == says
 
 
 def test_what_the_settings_make_doubtful_is_told_before_drawing(capsys):

@@ -599,6 +599,9 @@ REFUSED = {
         )
         for value in values
     },
+    "argument --prompt: it has bytes that are no UTF-8: `emoji --help` lists what it takes": [
+        *("--prompt", os.fsdecode(b"\xff")),
+    ],
     "`a.jpg` must end in .png or .npz": ["-o", "a.jpg"],
     "`file/a.png` cannot be written: give another file with `-o`": ["-o", "file/a.png"],
     "`folder.png` cannot be written: give another file with `-o`": ["-o", "folder.png"],

@@ -73,7 +73,8 @@ class Arguments(argparse.ArgumentParser):
 def _options(name: str, manifest: Mapping) -> argparse.ArgumentParser:
     parser = Arguments(name, description=f"samples of `{manifest['name']}`")
     add = parser.add_argument
-    add("--prompt", action="append", default=[], dest="prompts", help="what to draw; repeatable")
+    several = {"action": "append", "default": [], "dest": "prompts"}
+    add("--prompt", type=_text, help="what to draw; repeatable", **several)
     add("-n", type=_whole(1, MOST), dest="count", help="how many samples")
     seeds = _whole(0, SEEDS - 1)
     add("--seed", type=seeds, default=manifest["seed"], help="of the noise: %(default)s")
@@ -82,6 +83,14 @@ def _options(name: str, manifest: Mapping) -> argparse.ArgumentParser:
     add("--batch", type=_whole(1, MOST), help="samples drawn at a time, at most")
     add("--inspect", action="store_true", help="print the manifest and draw nothing")
     return parser
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as cause:  # bytes of a command line may be no text
+        raise argparse.ArgumentTypeError("it has bytes that are no UTF-8") from cause
+    return text
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
