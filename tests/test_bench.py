@@ -294,6 +294,12 @@ def test_the_best_batch_of_several_is_told(tool):
     assert "ours is 1.60 times as fast as (b) compiled, on GPUs with 790 and 790 TFLOP/s" in said
 
 
+def test_small_rows_are_not_called_by_the_sizes_of_large_ones(tool):
+    chosen = tool("bench_step").chosen
+    assert chosen("sct", "", tiny=True).title == "tiny sCT"
+    assert chosen("sct", "", tiny=False).title == "sCT, 1,024 tokens"
+
+
 def test_every_bar_of_a_row_is_told(tool):
     """The fastest form of a peer among them, though it is not what most people run."""
     step, rows, report = tool("bench_step"), tool("bench.rows"), tool("bench.report")

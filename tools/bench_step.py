@@ -71,7 +71,7 @@ def chosen(name: str, only: str, tiny: bool) -> Row:
     row = ROWS[kind]
     wanted = tuple(c for c in row.contenders if re.search(only, c.label))
     size = int(batch) if batch else TINY_BATCH if tiny else row.batch
-    title = f"tiny {row.title}" if tiny else row.title
+    title = "tiny " + row.title.partition(",")[0] if tiny else row.title  # of other sizes
     return replace(row, title=title, batch=size, contenders=wanted)
 
 
