@@ -219,6 +219,19 @@ def test_a_long_solver_is_one_step_and_a_table(run, tmp_path):
     assert shown(folder, about)["pictures"].shape == (2, 3, 16, 16)
 
 
+def test_noise_of_another_law_is_told(run, tmp_path):
+    """The code of the README draws what is not that."""
+    plain, law = Path("arrays.diff").read_text(), "flow\n  eps ~ uniform_noise(x0, -1, 1)\n"
+    run("arrays"), Path("lawful.diff").write_text(plain.replace("flow\n", law))
+    for name, said in (("arrays", "standard normal"), ("lawful", "of a law of its own")):
+        folder = tmp_path / name
+        assert main(["export", run(name), "--to", "onnx", "-o", str(folder)]) == 0
+        about = json.loads((folder / "manifest.json").read_text())
+        assert about["noise"] == said and about["errors"]["latents"] < 1e-4
+        told = "has a law of its own" in (folder / "README.md").read_text()
+        assert told == (name == "lawful")
+
+
 # ---- packages
 
 

@@ -35,6 +35,10 @@ def ask(name, **inputs):  # keywords alone
     made = files[name](**inputs)
     return made if isinstance(made, tuple) else (made,)""",
 }
+NORMAL = "standard normal"  # noise of most runs
+OTHER = """Its noise has a law of its own, which the spec tells. The code here draws standard normal
+noise instead: draw yours in its place.
+"""
 RUNS = {"onnx": "ONNX files", "pt2": "Packages of AOTInductor"}
 TOLD = {  # by the kind of condition
     None: "",
@@ -48,6 +52,7 @@ def card(about: Mapping, made: Mapping[str, Piece]) -> str:
     low, high = about["batch"]
     lines = [OPENED[about["target"]], "", *_code(about, made, min(max(low, SHOWN), high))]
     said = TOLD[(about["condition"] or {}).get("kind")]
+    said += OTHER if about["noise"] != NORMAL else ""
     return f"""# {about["name"]}
 
 {RUNS[about["target"]]}, exported by difftrain {about["versions"]["difftrain"]} from step \

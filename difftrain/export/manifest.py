@@ -12,7 +12,7 @@ from pathlib import Path
 
 import difftrain
 from difftrain.compiler.texts import versions
-from difftrain.export.card import card
+from difftrain.export.card import NORMAL, card
 from difftrain.export.errors import ExportError
 from difftrain.export.modules import Piece
 from difftrain.export.opened import Opened
@@ -57,6 +57,7 @@ def describe(
         "latents": list(run.shape),
         "size": None if run.arrays else run.data["size"],
         "condition": condition(run),
+        "noise": NORMAL if run.model.programs.noise is None else "of a law of its own",
         "guidance": run.sampling["guidance"],
         "solver": written(run.sampling["solver"]),
         "seed": run.sampling["seed"],
