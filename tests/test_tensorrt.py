@@ -256,6 +256,28 @@ def test_engines_are_kept(source, tmp_path):
     assert len(list(folder.glob("*.engine"))) == 3 and len(list(folder.iterdir())) == 6
 
 
+def test_an_engine_that_cannot_be_kept_is_made_all_the_same(source, tmp_path):
+    said, place = [], tmp_path / "file"
+    place.touch()
+    made = cache.engine(source, EVERY, RTX, folder=place / "kept", say=said.append)
+    assert made.data[:4] == b"vtrt" and made.about["weights"]
+    assert (
+        said[1] == f"the engine is not kept for other exports: `{place / 'kept'}`: not a directory"
+    )
+
+
+def test_kernels_that_cannot_be_kept_are_told(tmp_path, capsys):
+    """What is drawn is not lost by it."""
+    (place := tmp_path / "file").touch()
+    part = Runner.__new__(Runner)
+    part.compiled, part.kernels = SimpleNamespace(serialize=bytes), place / "kernels" / "key"
+    sampler = loader.Sampler.__new__(loader.Sampler)
+    sampler.parts = {"step": part}
+    sampler._keep_kernels()
+    says = f"compiled kernels are not kept: `{place / 'kernels'}`: not a directory\n"
+    assert capsys.readouterr().err == says
+
+
 def test_what_an_engine_is_found_by(source, tmp_path):
     graph, weights = cache.hashes(source.onnx)
     other = convolution(tmp_path / "b.onnx", 0.25).onnx

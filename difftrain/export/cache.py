@@ -35,7 +35,7 @@ def engine(
     place = folder / f"{_digest(json.dumps(named, sort_keys=True).encode())}.engine"
     if (found := _read(place)) is None:
         say(f"building the engine of `{source.name}`")
-        found = _keep(build(source, profile, maker), weights, place)
+        found = _keep(build(source, profile, maker), weights, place, say)
         say(f"built the engine of `{source.name}`: {len(found.data) >> 10} KiB")
     elif found.about["weights"] != weights:
         found = _refit(found, source, profile, maker, weights, place, say)
@@ -57,9 +57,9 @@ def _refit(
     data, why = refitted(old, source)
     if data is None:
         say(f"`{source.name}` is built again, as its engine takes no new weights: {why}")
-        return _keep(build(source, profile, maker), weights, place)
+        return _keep(build(source, profile, maker), weights, place, say)
     say(f"gave the engine of `{source.name}` new weights")
-    return _keep(Engine(data, old.about), weights, place)
+    return _keep(Engine(data, old.about), weights, place, say)
 
 
 def hashes(onnx: Path) -> tuple[str, str]:
@@ -120,14 +120,23 @@ def _read(place: Path) -> Engine | None:
     return Engine(place.read_bytes(), json.loads(about.read_text()))
 
 
-def _keep(made: Engine, weights: str, place: Path) -> Engine:
-    """The engine, written to its place: what is known of it last, so that it is whole."""
+def _keep(made: Engine, weights: str, place: Path, say: Say) -> Engine:
+    """The engine, written to its place, where that can be."""
+    kept = Engine(made.data, {**made.about, "weights": weights})
+    try:
+        _save(kept, place)
+    except OSError as problem:
+        why = (problem.strerror or str(problem)).lower()
+        say(f"the engine is not kept for other exports: `{problem.filename}`: {why}")
+    return kept
+
+
+def _save(made: Engine, place: Path) -> None:
+    """Writes an engine: what is known of it last, so that it is whole."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    about = {**made.about, "weights": weights}
     place.with_suffix(".json").unlink(missing_ok=True)
     _write(place, made.data)
-    _write(place.with_suffix(".json"), json.dumps(about, indent=1).encode())
-    return Engine(made.data, about)
+    _write(place.with_suffix(".json"), json.dumps(dict(made.about), indent=1).encode())
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -164,9 +164,17 @@ class Sampler:
         told = self._told(texts)
         index = torch.arange(len(texts), device="cuda")
         drawn = [self._drawn(rows, seed, told) for rows in index.split(self.high)]
-        for part in self.parts.values():
-            part.keep_kernels()
+        self._keep_kernels()
         return torch.cat(drawn).cpu().numpy()
+
+    def _keep_kernels(self) -> None:
+        try:
+            for part in self.parts.values():
+                part.keep_kernels()
+        except OSError as problem:  # they are compiled again then
+            why = (problem.strerror or str(problem)).lower()
+            say = f"compiled kernels are not kept: `{problem.filename}`: {why}"
+            print(say, file=sys.stderr)
 
     def _drawn(self, rows: Tensor, seed: int, told: Sequence[Tensor]) -> Tensor:
         """The samples of some rows; too few for the engines are drawn with copies of the last."""
