@@ -118,6 +118,18 @@ def test_a_resumed_run_finds_its_step_compiled(home, device):
     assert "resumed at step 6" in said and "the step was found compiled on this machine: " in said
 
 
+def test_on_a_cpu_a_run_is_compiled_once_it_is_seen_to_pay(home, monkeypatch, capsys):
+    monkeypatch.setattr(lowering, "CPU_SECONDS", 0.0)
+    monkeypatch.chdir(home)
+    there = ("--steps", "8", "--set", "train.device=cpu", "--set")
+    assert main(["train", "waves.diff", *there, "train.compile=auto", "--out", "run"]) == 0
+    told = capsys.readouterr().err
+    assert "compiled: 8 steps would gain about 0 s on this CPU" in told
+    assert "s to the first step" in told
+    assert main(["train", "waves.diff", *there, "train.compile=off", "--out", "plain"]) == 0
+    near(*(load_file(home / path / "checkpoints" / LAST) for path in ("run", "plain")))
+
+
 def test_a_long_run_compiles_once_and_holds_no_more_memory(home, monkeypatch):
     """Pictures are drawn all along; the first time is when libraries fetch what they need."""
     seen = []
