@@ -262,3 +262,13 @@ def test_what_is_not_the_compiler_s_fault_is_told_as_it_is(cause):
     wrapped = torch._inductor.exc.InductorError(cause, None)
     with pytest.raises(torch._inductor.exc.InductorError), lowering.compiling():
         raise wrapped
+
+
+def test_on_a_cpu_a_run_goes_on_if_it_cannot_be_compiled(branching, monkeypatch, capsys):
+    monkeypatch.setattr(lowering, "CPU_SECONDS", 0.0)
+    there = ("--steps", "8", "--set", "train.device=cpu", "--set")
+    assert main(["train", "waves.diff", *there, "train.compile=auto", "--out", "run"]) == 0
+    assert "not compiled after all: torch's compiler fails at this" in capsys.readouterr().err
+    assert main(["train", "waves.diff", *there, "train.compile=off", "--out", "plain"]) == 0
+    kept, plain = (load_file(branching / path / "checkpoints" / LAST) for path in ("run", "plain"))
+    assert kept.keys() == plain.keys() and all(kept[n].equal(plain[n]) for n in plain)

@@ -88,7 +88,7 @@ class Stepper:
         if self.undecided and len(self.seconds) == (TRIAL if self.left > TRIAL else 0):
             self._weigh(*args[:2])
         if self.fresh:
-            return self._first(*args)
+            return self._tried(*args) if self.seconds else self._first(*args)
         if self.undecided:
             return self._timed(*args)
         return self.step(*args)
@@ -121,6 +121,17 @@ class Stepper:
         self.fresh = choice.compiled
         if kind == "cuda" and not choice.compiled and not _foreign(session):
             self.step = lowering.Replayed(self.step)
+
+    def _tried(self, *args) -> dict[str, Tensor]:
+        """The first call of a step that was compiled for speed alone: without that, as it was. What
+        cannot be compiled has changed nothing."""
+        plain = self.step
+        try:
+            return self._first(*args)
+        except lowering.NotCompiled as cause:
+            say(f"not compiled after all: {cause}")
+            self.step = plain
+            return plain(*args)
 
     def _first(self, state, batch: dict[str, Tensor], *rest) -> dict[str, Tensor]:
         """The first call of a compiled step, which compiles it or finds it compiled."""
