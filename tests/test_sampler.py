@@ -237,15 +237,20 @@ BODIES = {
 def test_guided_predictions_are_rescaled_as_published(eps, body, rescale):
     """arXiv:2305.08891 eq. 15-16 on what the network predicts, whatever that is."""
     given = {"cond": COND, "null": NULL}
+
+    def louder(x, t, cond, r=None):  # a condition that adds a number leaves deviations alone
+        return 0.3 * x * cond[:, :, None, None] + column(t)
+
     t = torch.tensor([3, 6]) if "ddpm" in body else torch.tensor([0.3, 0.6], dtype=torch.float64)
     models = [
-        sampler(body, Watched(), guidance=w, rescale=phi, **given)
+        sampler(body, louder, guidance=w, rescale=phi, **given)
         for w, phi in ((1.0, 0.0), (5.0, 0.0), (5.0, rescale))
     ]
     alpha, sigma = (column(level(t)) for level in (models[0].alpha, models[0].sigma))
     pairs = [model.estimates(eps, t) for model in models]
     before, guided, ours = (BODIES[body](alpha, sigma, *pair) for pair in pairs)
     deviations = [column(p.flatten(1).std(dim=1)) for p in (before, guided)]
+    assert (deviations[1] / deviations[0] - 1).abs().min() > 0.02
     wanted = rescale * guided * deviations[0] / deviations[1] + (1 - rescale) * guided
     torch.testing.assert_close(ours, wanted)
     torch.testing.assert_close(alpha * pairs[2][0] + sigma * pairs[2][1], eps)

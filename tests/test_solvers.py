@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,6 +334,23 @@ def test_noise_on_the_way_keeps_the_moments(model, grid, scale):
     x = solvers.euler_maruyama(model, noise, grid, given, scale)
     assert float(x.mean()) == pytest.approx(MEAN, abs=0.03)
     assert float(x.std()) == pytest.approx(STD, abs=0.015)
+
+
+@pytest.mark.parametrize("model", [LINEAR, EXPLODING, TRIG])
+def test_noise_on_the_way_is_alpha_times_as_strong_as_the_forward_process(model):
+    """g^2 = sigma^2' - 2 sigma^2 alpha' / alpha is that of arXiv:2011.13456: any other keeps the
+    moments as well."""
+    grid, scale, ends = torch.tensor([0.7, 0.6, 0.0], dtype=torch.float64), 1.5, []
+    for drawn in (0.0, 1.0):
+        last = Gaussian(model.alpha, model.sigma, model.slopes)
+        last.flow = lambda x, t: ends.append(x) or x
+        given = SimpleNamespace(noise=lambda step, like, drawn=drawn: torch.full_like(like, drawn))
+        solvers.euler_maruyama(last, start(draws(3), 5), grid, given, scale)
+    t = grid[:1]
+    (a, s), (rise, fall) = (model.alpha(t), model.sigma(t)), model.slopes(t)
+    forward = 2 * s * fall - 2 * s**2 * rise / a
+    wanted = (0.1 * scale * a * forward).sqrt().expand(3, 5)
+    torch.testing.assert_close(ends[1] - ends[0], wanted)
 
 
 def test_without_noise_on_the_way_it_is_euler():
