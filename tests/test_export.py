@@ -282,6 +282,19 @@ def test_a_batch_that_has_kernels_of_its_own_is_held_against_the_run(run):
             parity.every_size(parts, wrong_alone, {"backbone": [2], "decode": [8, 1]}, "fp32")
 
 
+@pytest.mark.parametrize("piece", ["text", "backbone", "sampler", "decode"])
+def test_every_piece_is_held_against_the_run(run, piece):
+    with made(run("unet")) as (it, parts):
+        own = parity.bare(parts)
+
+        def call(name, inputs):
+            return tuple(value * (1 + 0.01 * (name == piece)) for value in own(name, inputs))
+
+        told = {"sampler": "latents"}.get(piece, piece)
+        with pytest.raises(Parted, match=f"the relative error of `{told}` is 1.0e-02"):
+            parity.gate(it, parts, call, "fp32")
+
+
 def test_the_evaluation_where_they_part_is_named(run):
     """A network that goes wrong from the third evaluation on."""
     with made(run("arrays"), solver="euler(steps = 12)") as (it, parts):
