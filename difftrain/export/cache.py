@@ -17,6 +17,7 @@ from difftrain.export.engine import Engine, Library, Profile, Source, build, bui
 
 Say = Callable[[str], object]
 CHUNK = 1 << 24  # bytes of weights that are read at a time
+FORM = 2  # how engines are built; what was built in another way is not found
 
 
 def home() -> Path:
@@ -30,7 +31,7 @@ def engine(
     """The engine of a piece: as it was built before, refitted, or built now and kept."""
     folder = folder or home()
     graph, weights = hashes(source.onnx)
-    named = {**built_for(maker, profile), "graph": graph}
+    named = {**built_for(maker, profile), "graph": graph, "form": FORM}
     named |= {} if profile.refit else {"weights": weights}
     place = folder / f"{_digest(json.dumps(named, sort_keys=True).encode())}.engine"
     if (found := _read(place)) is None:
