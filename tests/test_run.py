@@ -113,6 +113,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(here, capsys):
     assert grids[0] == grids[1]
 
 
+def test_another_network_that_the_weights_fit_is_told(here, capsys):
+    """Heads are no shape of any weight, and dropout may change in the middle of a run."""
+    here()
+    assert main(["train", "--steps", "1"]) == 0
+    capsys.readouterr()
+    code, said = told(
+        capsys, "train", "--steps", "1", "--resume", "auto", "--set", "backbone.heads=4"
+    )
+    assert code == 0
+    assert "its network had `heads = 2`, and goes on with `heads = 4`" in said
+    code, said = told(capsys, "train", "--steps", "1", "--resume", "auto")
+    assert code == 0 and not any("its network had" in line for line in said)
+
+
 def test_a_run_is_never_written_over(here, capsys):
     folder = here()
     assert main(["train", "--steps", "1"]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
@@ -114,12 +113,11 @@ def file_of(weights: str, bundle: Bundle) -> Path:
         raise FolderError(
             f"there is no file `{weights}`: give a checkpoint, or one that `difftrain ema` wrote"
         )
-    said = state.facts(Path(weights), bundle.manifest["graph"]).get("network", "{}")
-    ours, theirs = bundle.manifest.get("network", {}), json.loads(said)
-    if other := next((n for n in ours if n in theirs and theirs[n] != ours[n]), None):
+    if other := state.apart(Path(weights), bundle.manifest):
+        name, theirs, ours = other
         raise CheckpointError(
-            f"the checkpoint `{weights}` is of another network (`{other} = {theirs[other]}`, and"
-            f" this spec has `{other} = {ours[other]}`): sample the run that it is of"
+            f"the checkpoint `{weights}` is of another network (`{name} = {theirs}`, and this spec"
+            f" has `{name} = {ours}`): sample the run that it is of"
         )
     return Path(weights)
 

@@ -164,6 +164,9 @@ def _state(
     if checkpoint:
         state.load(checkpoint, current, parts.plan, bundle.manifest["graph"], parts.kept)
         say(f"resumed at step {int(current['turn'])} from {checkpoint}")
+        if other := state.apart(checkpoint, bundle.manifest):
+            name, theirs, ours = other
+            say(f"its network had `{name} = {theirs}`, and goes on with `{name} = {ours}`")
     return current
 
 

@@ -119,6 +119,15 @@ def facts(path: Path, graph_hash: str) -> dict[str, str]:
         return file.metadata()
 
 
+def apart(path: Path, manifest: Mapping) -> tuple[str, str, str] | None:
+    """The first option in which the network that a checkpoint is of is not that of a manifest, with
+    the checkpoint's value and the manifest's; files of older versions do not say."""
+    ours = manifest.get("network", {})
+    theirs = json.loads(facts(path, manifest["graph"]).get("network", "{}"))
+    found = (n for n in ours if n in theirs and theirs[n] != ours[n])
+    return next(((n, theirs[n], ours[n]) for n in found), None)
+
+
 def load(
     path: Path,
     state: dict[str, Tensor],
