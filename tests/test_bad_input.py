@@ -358,7 +358,7 @@ def test_what_cannot_be_sampled(trained, capsys, monkeypatch, argv, says):
         ),
         (
             "manifest.json",
-            '{"name": "tiny", "graph": "0", "difftrain": "0.0.1"}',
+            '{"name": "tiny", "spec": "0", "graph": "0", "difftrain": "0.0.1"}',
             "the run `run` is of difftrain 0.0.1, whose `manifest.json` says no `settings`, and"
             f" this is {difftrain.__version__}: use that version, or train again",
         ),
@@ -369,6 +369,18 @@ def test_a_run_that_is_not_whole(trained, capsys, monkeypatch, tmp_path, file, t
     monkeypatch.chdir(tmp_path)
     Path("run", file).unlink() if text is None else Path("run", file).write_text(text)
     assert error(capsys, "sample", "run") == (2, says)
+
+
+def test_a_spec_that_was_edited_after_its_run(trained, capsys, monkeypatch, tmp_path):
+    shutil.copytree(trained / "runs" / "tiny", tmp_path / "run")
+    spec = tmp_path / "run" / "spec.diff"
+    spec.write_text(spec.read_text().replace("heads = 2", "heads = 4", 1))
+    monkeypatch.chdir(tmp_path)
+    assert error(capsys, "sample", "run") == (
+        2,
+        "the `spec.diff` of the run `run`, or a file that it uses, is not what was trained: bring"
+        " it back, and change samples with `--set`",
+    )
 
 
 def test_a_run_where_no_folder_can_be(trained, capsys, monkeypatch):

@@ -158,12 +158,10 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
     derivation = objective.derivation()
     loss = derivation.read("loss")
     data, train = block(spec, "data"), block(spec, "train")
-    own_files = [n for n in sorted(texts) if n.endswith(".diff") or n.startswith(PARTS)]
-    written = [texts[name] for name in own_files]
     return {
         "name": Path(spec.path).stem,
         "objective": objective.name,
-        "spec": digest("".join([*written, json.dumps(spec.settings, sort_keys=True)])),
+        "spec": spec_hash(texts, spec.settings),
         "graph": digest(texts["graph.txt"]),
         "network": told(objective.backbone.part) if objective.backbone else {},
         "settings": dict(spec.settings),
@@ -178,6 +176,12 @@ def describe(spec: Spec, objective: Objective, texts: Texts) -> dict:
         "time": horizon(objective),
         "guidance": own_guidance(objective),
     }
+
+
+def spec_hash(texts: Texts, settings: Mapping[str, str]) -> str:
+    """A hash of all that somebody wrote: the spec, what it imports, Python of its own, settings."""
+    names = [n for n in sorted(texts) if n.endswith(".diff") or n.startswith(PARTS)]
+    return digest("".join([*map(texts.get, names), json.dumps(dict(settings), sort_keys=True)]))
 
 
 def differentiated(objective: Objective) -> bool:

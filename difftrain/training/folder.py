@@ -10,13 +10,13 @@ from pathlib import Path
 
 import difftrain
 from difftrain.compiler.texts import MANIFEST, SPEC, Texts, read, write
-from difftrain.training.bundle import Bundle, open_bundle
+from difftrain.training.bundle import Bundle, open_bundle, spec_hash
 from difftrain.training.state import CheckpointError, newest
 
 HOME = Path("runs")
 MADE = "averages"  # the folder of averages that were put together after training
 FILES = (SPEC, "step.py", "estimates.py", "levels.py")  # what every run is made of
-TOLD = ("name", "graph", "settings", "time", "guidance", "dropping", "forward", "baseline")
+TOLD = ("name", "spec", "graph", "settings", "time", "guidance", "dropping", "forward", "baseline")
 INSIDE = ("checkpoints", MADE)  # folders of a run whose files hold weights
 
 
@@ -184,5 +184,10 @@ def _whole(folder: Path) -> Bundle:
             f"the run `{folder}` is of difftrain {told.get('difftrain', 'of before')}, whose"
             f" `{MANIFEST}` says no `{lost}`, and this is {difftrain.__version__}: use that"
             " version, or train again"
+        )
+    if spec_hash(bundle.texts, told["settings"]) != told["spec"]:
+        raise FolderError(
+            f"the `{SPEC}` of the run `{folder}`, or a file that it uses, is not what was trained:"
+            " bring it back, and change samples with `--set`"
         )
     return bundle
