@@ -256,7 +256,7 @@ def test_a_run_is_measured_and_shown(run, tmp_path):
         assert (work, batch, column) == ("run", "2", name), ended.stderr
         assert float(images) == pytest.approx(2000 / float(ms), rel=0.1)
         assert 0 < float(one) < 1e-2 and 0 < float(latents) < 1e-2
-        assert float(ratio[:-1]) > 0 and took.endswith(" s")
+        assert ratio.endswith("x") and took.endswith(" s")
     rows = json.loads(file.read_text())
     assert [rows[f"run | {name} | 2"]["compiled"] for name in ("eager", "compile")] == [0, 1]
 
